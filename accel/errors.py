@@ -1,0 +1,37 @@
+"""Errors that users see as one sentence, and the exit code each ends the process with."""
+
+from pathlib import Path
+
+
+class AccelError(Exception):
+    """A problem the user can act on: printed as one message, without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(AccelError):
+    """A recipe, an option or a run folder that cannot be used."""
+
+    exit_code = 2
+
+
+class CheckpointError(AccelError):
+    """A checkpoint file that cannot be read, verified or mapped.
+
+    Args:
+        path: the file.
+        problem: what is wrong and what to do, starting in lower case.
+    """
+
+    exit_code = 2
+
+    def __init__(self, path: Path | str, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path = Path(path)
+        self.problem = problem
+
+
+class DivergedError(AccelError):
+    """Training produced a non-finite loss or gradient."""
+
+    exit_code = 4

@@ -1,0 +1,37 @@
+"""Markers and the one skip rule, tolerances by dtype, and tiny synthetic media."""
+
+import importlib.util
+import os
+import shutil
+
+import pytest
+import torch
+
+
+def _extension_available() -> bool:
+    from kernels import _library
+
+    return bool(_library.AVAILABLE)
+
+
+# marker -> (name in ACCEL_REQUIRE, check, reason for the skip)
+_NEEDS = {
+    "needs_cuda": ("cuda", torch.cuda.is_available, "no CUDA device"),
+    "needs_dali": (
+        "dali",
+        lambda: importlib.util.find_spec("nvidia.dali") is not None,
+        "NVIDIA DALI is not installed",
+    ),
+    "needs_nvcc": ("nvcc", lambda: shutil.which("nvcc") is not None, "nvcc is not on PATH"),
+    "needs_extension": ("extension", _extension_available, "kernels._C is not built"),
+}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what this machine cannot run; ACCEL_REQUIRE=cuda,dali,... turns such skips into failures."""
+    required = set(filter(None, os.environ.get("ACCEL_REQUIRE", "").split(",")))
+    for marker, (name, check, reason) in _NEEDS.items():
+        if item.get_closest_marker(marker) and not check():
+            if name in required:
+                pytest.fail(f"{reason}, but ACCEL_REQUIRE names {name}")
+            pytest.skip(reason)
