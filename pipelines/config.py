@@ -1,0 +1,203 @@
+"""Configuration sections owned by the data pipelines: `data`, `sampling`, `augment`, `loader`."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+def _check(ok: bool, key: str, expected: str, got: object) -> None:
+    if not ok:
+        raise ValueError(f"{key}: expected {expected}, got {got!r}.")
+
+
+def _check_rgb(key: str, values: Sequence[float], *, positive: bool) -> None:
+    low = 0.0 < min(values, default=0.0) if positive else 0.0 <= min(values, default=0.0)
+    finite = len(values) == 3 and all(math.isfinite(value) for value in values)
+    bounds = "(0, 1]" if positive else "[0, 1]"
+    expected = f"three numbers (R, G, B) in {bounds}"
+    _check(finite and low and max(values) <= 1.0, key, expected, list(values))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the videos are, what their labels are, and how pixels are normalized."""
+
+    root: str = ""
+    """Folder of the videos. With empty lists it holds class folders: `<class>/<clip>`, or
+    `train/<class>/<clip>` and `val/<class>/<clip>`. "" = unset."""
+
+    generate: Literal["none", "motion8"] = "none"
+    """"motion8" = write (once, into the cache) and use the generated eight-motion set; `root` and
+    the lists must then be empty."""
+
+    train_list: str = ""
+    """Text file with one `<path> <label>` per line; relative to `root`, or absolute. "" = class
+    folders."""
+
+    val_list: str = ""
+    """As `train_list`, for validation. Both lists are given, or neither."""
+
+    num_classes: int = 0
+    """Number of classes; 0 = number of lines of `classes_file`, else of class folders, else the
+    largest label of the training list plus one."""
+
+    classes_file: str = ""
+    """Text file with one class name per line, line k (0-based) = label k; relative to `root`, or
+    absolute. "" = none."""
+
+    val_fraction: float = 0.2
+    """Share of each class (0..1, both excluded) that is held out for validation when class folders
+    come without `train/` and `val/`. The choice depends on file names only."""
+
+    allow_outside_root: bool = False
+    """Permit absolute paths, `..` and links in lists that lead out of `root`."""
+
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Mean of R, G, B on the scale 0..1, subtracted by the engine on the device."""
+
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Standard deviation of R, G, B on the scale 0..1."""
+
+    cache_dir: str = ""
+    """Folder for generated sets and media indices. "" = $ACCEL_CACHE, else $XDG_CACHE_HOME/accel,
+    else ~/.cache/accel."""
+
+    def __post_init__(self) -> None:
+        _check(self.num_classes >= 0, "data.num_classes", "an integer >= 0", self.num_classes)
+        _check(0 < self.val_fraction < 1, "data.val_fraction", "0 < x < 1", self.val_fraction)
+        _check_rgb("data.mean", self.mean, positive=False)
+        _check_rgb("data.std", self.std, positive=True)
+        if bool(self.train_list) != bool(self.val_list):
+            missing = "data.val_list" if self.train_list else "data.train_list"
+            raise ValueError(f"{missing}: expected a file, got ''; give both lists, or neither.")
+        if self.generate != "none":
+            for key in ("root", "train_list", "val_list", "classes_file"):
+                value = getattr(self, key)
+                expected = f"'' with data.generate={self.generate}"
+                _check(value == "", f"data.{key}", expected, value)
+
+    def resolved_cache_dir(self) -> Path:
+        """The cache folder after the defaults of `cache_dir`; not created here."""
+        if self.cache_dir:
+            return Path(self.cache_dir).expanduser()
+        if accel_cache := os.environ.get("ACCEL_CACHE"):
+            return Path(accel_cache).expanduser()
+        base = os.environ.get("XDG_CACHE_HOME")
+        return (Path(base) if base else Path.home() / ".cache") / "accel"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """Which frames of a video are used: TSN segments, one frame per segment."""
+
+    num_segments: int = 8
+    """Frames per clip (T), >= 1. Training: one random frame of each of T equal segments;
+    validation: the middle frame of each."""
+
+    short_videos: Literal["error", "first_frame"] = "error"
+    """Video with fewer frames than `num_segments`: refuse it, or give its first frame T times (what
+    the published TSN code does)."""
+
+    def __post_init__(self) -> None:
+        _check(self.num_segments >= 1, "sampling.num_segments", ">= 1", self.num_segments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Crop, scale and flip; the same for all frames of a clip."""
+
+    size: int = 224
+    """Height and width of the clips, px, >= 8."""
+
+    crop: Literal["multiscale", "center"] = "multiscale"
+    """Training crop. "multiscale": one of 13 places and one of the `scales`, of the original frame,
+    scaled to `size`. "center": as in validation."""
+
+    scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
+    """Crop sides of "multiscale" as shares of the frame's short side, each in (0, 1], descending;
+    width and height may differ by one step."""
+
+    resize: int = 256
+    """Validation: the short side becomes this many px, then the center `size` x `size` is cut out.
+    0 = the short side becomes `size`. Otherwise >= `size`."""
+
+    flip: bool = True
+    """Mirror each training clip with probability 1/2. Must be false where left and right make the
+    class, unless `flip_label_pairs` exchanges the labels."""
+
+    flip_label_pairs: tuple[str, ...] = ()
+    """Labels exchanged when a clip is mirrored, each pair as "a-b", e.g. ["86-87", "93-94"]."""
+
+    antialias: bool = True
+    """Low-pass filter before shrinking (PIL's bilinear rule). false = two taps per axis (OpenCV's
+    rule)."""
+
+    def __post_init__(self) -> None:
+        _check(self.size >= 8, "augment.size", "an integer >= 8 (px)", self.size)
+        _check(
+            self.resize == 0 or self.resize >= self.size,
+            "augment.resize",
+            f"0 or at least augment.size = {self.size} (px)",
+            self.resize,
+        )
+        descending = all(a >= b for a, b in zip(self.scales, self.scales[1:], strict=False))
+        _check(
+            len(self.scales) > 0 and descending and all(0 < scale <= 1 for scale in self.scales),
+            "augment.scales",
+            "one or more numbers in (0, 1], descending",
+            list(self.scales),
+        )
+        label_pairs(self.flip_label_pairs)
+
+
+def label_pairs(pairs: Sequence[str]) -> dict[int, int]:
+    """The label each label becomes under a flip, both directions of every pair "a-b"."""
+    swapped: dict[int, int] = {}
+    for pair in pairs:
+        left, _, right = pair.partition("-")
+        valid = left.isdecimal() and right.isdecimal() and left.isascii() and right.isascii()
+        key = "augment.flip_label_pairs"
+        _check(valid and int(left) != int(right), key, 'pairs of labels as "a-b"', pair)
+        for a, b in ((int(left), int(right)), (int(right), int(left))):
+            _check(a not in swapped, key, "each label in one pair only", pair)
+            swapped[a] = b
+    return swapped
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """How the clips are decoded and how far ahead."""
+
+    decoder: Literal["auto", "dali", "pyav"] = "auto"
+    """"dali": DALI decodes (VP8, VP9 and MJPEG; no seeking). "pyav": PyAV decodes (every codec of
+    FFmpeg, with keyframe seeks) and DALI scales where installed. "auto": "dali" when DALI is
+    installed and can decode every file of the split, otherwise "pyav"."""
+
+    threads: int = 0
+    """Threads that decode, per process; 0 = the CPU cores of this process divided by the number of
+    processes of the run on this machine ($LOCAL_WORLD_SIZE)."""
+
+    prefetch: int = 2
+    """Finished micro-batches kept ready ahead of the training step, >= 1."""
+
+    timeout_s: float = 300.0
+    """Longest wait for one micro-batch, seconds, before the run ends with an error."""
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.threads <= 1024, "loader.threads", "0..1024", self.threads)
+        _check(1 <= self.prefetch <= 64, "loader.prefetch", "1..64", self.prefetch)
+        finite = math.isfinite(self.timeout_s) and self.timeout_s > 0
+        _check(finite, "loader.timeout_s", "a number of seconds > 0", self.timeout_s)
+
+    def resolved_threads(self) -> int:
+        """The number of decoding threads after the default of `threads`, >= 1."""
+        if self.threads:
+            return self.threads
+        affinity = getattr(os, "sched_getaffinity", None)
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        local_world = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        processes = int(local_world) if local_world.isdecimal() else 1
+        return max(1, cores // max(1, processes))
