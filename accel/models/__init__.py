@@ -1,0 +1,5 @@
+"""Networks: `build_model(name, ...)`, `list_models()`, and the recipe section `ModelConfig`."""
+
+from accel.models.registry import ModelConfig, build_model, list_models
+
+__all__ = ["ModelConfig", "build_model", "list_models"]

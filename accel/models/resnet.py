@@ -1,0 +1,199 @@
+"""ResNet-18/34/50/101 over single frames, with one slot for a temporal module in every block.
+
+Source: He et al. 2016, in the variant of torchvision (the stride of a bottleneck is in its 3x3
+convolution). Parameter names are torchvision's, so its ImageNet weights need no renaming.
+Everything runs in channels_last; frames of all clips are folded into the batch: [N*T, C, H, W].
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+TemporalFactory = Callable[[int], nn.Module]
+"""Makes the temporal module of one block, given the channels at the slot."""
+
+BLOCKS_PER_STAGE = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+}
+
+
+def _shortcut(inplanes: int, outplanes: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inplanes, outplanes, 1, stride=stride, bias=False), nn.BatchNorm2d(outplanes)
+    )
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut: [NT, inplanes, H, W] -> [NT, planes, H/s, W/s].
+
+    Args:
+        inplanes: channels of the input.
+        planes: channels of both convolutions and of the output.
+        stride: s, of the first convolution and of the shortcut.
+        downsample: put a 1x1 convolution and a batch norm on the shortcut.
+        temporal: module for the slot, keeps the shape [NT, planes, H/s, W/s]; none: identity.
+    """
+
+    expansion = 1
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        *,
+        stride: int = 1,
+        downsample: bool = False,
+        temporal: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.downsample = _shortcut(inplanes, planes, stride) if downsample else nn.Identity()
+        self.temporal = temporal or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.relu(self.bn1(self.conv1(x)))  # [NT, planes, H/s, W/s]
+        # Our extension: the published temporal modules exist for bottlenecks only. The slot is at
+        # the same place, after the first convolution, which here already has the stride.
+        y = self.temporal(y)
+        y = self.bn2(self.conv2(y))
+        y = self.relu(y + self.downsample(x))
+        return y
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions and a shortcut: [NT, inplanes, H, W] -> [NT, 4*planes, H/s, W/s].
+
+    Args:
+        inplanes: channels of the input.
+        planes: channels of the first two convolutions and of the slot.
+        stride: s, of the 3x3 convolution and of the shortcut.
+        downsample: put a 1x1 convolution and a batch norm on the shortcut.
+        temporal: module for the slot between the first two convolutions, keeps the shape
+            [NT, planes, H, W] (before the stride); none: identity.
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        *,
+        stride: int = 1,
+        downsample: bool = False,
+        temporal: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        outplanes = planes * self.expansion
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, outplanes, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outplanes)
+        self.downsample = _shortcut(inplanes, outplanes, stride) if downsample else nn.Identity()
+        self.temporal = temporal or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.relu(self.bn1(self.conv1(x)))  # [NT, planes, H, W]
+        y = self.temporal(y)
+        y = self.relu(self.bn2(self.conv2(y)))  # [NT, planes, H/s, W/s]
+        y = self.bn3(self.conv3(y))  # [NT, 4*planes, H/s, W/s]
+        y = self.relu(y + self.downsample(x))
+        return y
+
+
+class ResNet(nn.Module):
+    """Feature extractor of single frames: [NT, 3, H, W] -> [NT, out_channels, h, w].
+
+    Convolutions start from Kaiming's normal distribution (fan out, ReLU), drawn from torch's
+    global generator; temporal modules keep their own initialization.
+
+    Args:
+        depth: 18, 34 (basic blocks), 50 or 101 (bottlenecks).
+        width: channels of the stem and planes of the first stage; doubled in every further stage.
+        stages: number of stages kept, 1..4.
+        stem: "imagenet": 7x7 convolution of stride 2 and 3x3 max-pool of stride 2;
+            "small" (for inputs below about 100 pixels): 3x3 convolution of stride 2 alone.
+        temporal: makes the temporal module of each block; none: plain ResNet.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        *,
+        width: int = 64,
+        stages: int = 4,
+        stem: Literal["imagenet", "small"] = "imagenet",
+        temporal: TemporalFactory | None = None,
+    ) -> None:
+        super().__init__()
+        if depth not in BLOCKS_PER_STAGE:
+            raise ValueError(f"ResNet: depth must be one of {[*BLOCKS_PER_STAGE]}, got {depth}.")
+        if not 1 <= stages <= 4:
+            raise ValueError(f"ResNet: stages must be in 1..4, got {stages}.")
+        self._block: type[BasicBlock] | type[Bottleneck]
+        self._block = BasicBlock if depth < 50 else Bottleneck
+        self._temporal = temporal
+        small = stem == "small"
+        kernel = 3 if small else 7
+        self.conv1 = nn.Conv2d(3, width, kernel, stride=2, padding=kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, stride=2, padding=1)
+
+        inplanes = width
+        self.stage_names = tuple(f"layer{i + 1}" for i in range(stages))
+        for i, name in enumerate(self.stage_names):
+            planes = width * 2**i
+            self.add_module(name, self._stage(inplanes, planes, BLOCKS_PER_STAGE[depth][i], i))
+            inplanes = planes * self._block.expansion
+        self.out_channels = inplanes
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
+
+    def _stage(self, inplanes: int, planes: int, num_blocks: int, index: int) -> nn.Sequential:
+        blocks = []
+        for i in range(num_blocks):
+            stride = 2 if index > 0 and i == 0 else 1
+            outplanes = planes * self._block.expansion
+            blocks.append(
+                self._block(
+                    inplanes,
+                    planes,
+                    stride=stride,
+                    downsample=stride != 1 or inplanes != outplanes,
+                    temporal=self._temporal(planes) if self._temporal else None,
+                )
+            )
+            inplanes = outplanes
+        return nn.Sequential(*blocks)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Feature map of the last stage; the submodules `maxpool`, `layer1`.. give the others.
+
+        Args:
+            frames: [NT, 3, H, W], any floating dtype; copied once unless channels_last.
+
+        Returns:
+            [NT, out_channels, h, w], channels_last.
+        """
+        x = frames.contiguous(memory_format=torch.channels_last)
+        x = self.relu(self.bn1(self.conv1(x)))  # [NT, width, H/2, W/2]
+        x = self.maxpool(x)  # [NT, width, H/4, W/4]
+        for name in self.stage_names:
+            x = self.get_submodule(name)(x)  # [NT, C_i, H/2^(i+2), W/2^(i+2)]
+        return x
