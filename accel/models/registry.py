@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 from accel.errors import ConfigError
 from accel.models.network import ClipNetwork
 from accel.models.tanet import tanet
+from accel.models.weights import import_weights
 
 ModelName = Literal["tanet", "tsn"]
 Depth = Literal[18, 34, 50, 101]
@@ -114,4 +115,6 @@ def build_model(
         dropout=config.dropout,
         partial_bn=config.partial_bn,
     )
+    if config.pretrained:
+        import_weights(model, config.pretrained, allow_classifier_mismatch=True)
     return model

@@ -196,4 +196,5 @@ class ResNet(nn.Module):
         x = self.maxpool(x)  # [NT, width, H/4, W/4]
         for name in self.stage_names:
             x = self.get_submodule(name)(x)  # [NT, C_i, H/2^(i+2), W/2^(i+2)]
-        return x
+        features: Tensor = x
+        return features

@@ -1,0 +1,1 @@
+"""State-dict names of published networks and ours; one file per system."""

@@ -1,0 +1,125 @@
+"""Which parameters share a learning-rate and a weight-decay factor."""
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from accel.models.network import ClipNetwork
+
+Policy = Literal["tanet_original", "tanet_mmaction2", "plain"]
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters with one pair of factors."""
+
+    name: str
+    """Name in logs; for the published policies, the published name."""
+
+    lr_mult: float
+    """Factor on the scheduled learning rate."""
+
+    decay_mult: float
+    """Factor on the weight decay."""
+
+    params: dict[str, nn.Parameter] = field(default_factory=dict)
+    """Parameters by their name in the model, in module order; may be empty."""
+
+
+def parameter_groups(
+    model: ClipNetwork, policy: Policy, *, fc_lr5: bool = True, partial_bn: bool | None = None
+) -> list[ParameterGroup]:
+    """The parameters of `model`, divided as a published recipe divides them.
+
+    Policies:
+
+    * "tanet_original" (the authors): the first convolution, other convolutions, batch norms
+      without decay, linear weights at 5x, linear biases at 10x without decay.
+    * "tanet_mmaction2": the same, but only the classifier is at 5x / 10x.
+    * "plain": everything with two or more dimensions with decay; norms and biases without.
+
+    Parameters frozen by partial batch normalization are in no group. Empty groups of the
+    published policies are kept.
+
+    Args:
+        model: the network; only names, modules and their order matter.
+        policy: see above.
+        fc_lr5: the faster rates of linear layers; false when fine-tuning from the same dataset:
+            they then join the other weights (1x) and biases (2x). Ignored by "plain".
+        partial_bn: list as if partial batch normalization were on (off); None: as the model is.
+
+    Returns:
+        The groups in the published order.
+
+    Raises:
+        ValueError: unknown policy, or a layer type for which the policy has no rule.
+    """
+    if policy not in get_args(Policy):
+        raise ValueError(
+            f"parameter_groups: policy must be one of {get_args(Policy)}, got {policy!r}."
+        )
+    frozen_bn = model.partial_bn if partial_bn is None else partial_bn
+    if policy == "plain":
+        return _plain_groups(model, frozen_bn)
+    groups = [
+        ParameterGroup("first_conv_weight", 1, 1),
+        ParameterGroup("first_conv_bias", 2, 0),
+        ParameterGroup("normal_weight", 1, 1),
+        ParameterGroup("normal_bias", 2, 0),
+        ParameterGroup("BN scale/shift" if policy == "tanet_original" else "bn", 1, 0),
+        ParameterGroup("custom_ops", 1, 1),
+        ParameterGroup("lr5_weight", 5, 1),
+        ParameterGroup("lr10_bias", 10, 0),
+    ]
+    first_weight, first_bias, weight, bias, norm, custom, fast_weight, fast_bias = groups
+    if policy == "tanet_mmaction2":
+        groups.remove(custom)
+
+    first_conv = True
+    for prefix, module in model.named_modules():
+        params = dict(module.named_parameters(prefix, recurse=False))
+        if not params:
+            continue
+        if isinstance(module, _ConvNd):
+            _add(params, first_weight if first_conv else weight, first_bias if first_conv else bias)
+            first_conv = False
+        elif isinstance(module, nn.Linear):
+            # Parity: the rule of the authors' code catches every linear layer, so the global
+            # branch of TAM (G.0, G.3) trains at 5x; mmaction2 singles out the classifier.
+            fast = fc_lr5 and (policy == "tanet_original" or module is model.head.fc)
+            _add(params, fast_weight if fast else weight, fast_bias if fast else bias)
+        elif isinstance(module, _BatchNorm):
+            if _trained(model, module, frozen_bn, policy):
+                norm.params.update(params)
+        else:
+            raise ValueError(
+                f'parameter_groups: policy "{policy}" has no rule for {type(module).__name__} '
+                f'({prefix}); use "plain".'
+            )
+    return groups
+
+
+def _add(params: dict[str, nn.Parameter], weight: ParameterGroup, bias: ParameterGroup) -> None:
+    for name, param in params.items():
+        (bias if name.endswith(".bias") else weight).params[name] = param
+
+
+def _trained(model: ClipNetwork, norm: _BatchNorm, frozen_bn: bool, policy: Policy) -> bool:
+    if not frozen_bn or norm is model.trunk.bn1:
+        return True
+    # Parity: with partial batch normalization the authors' code lists the first norm of any kind
+    # and no other, so the BatchNorm1d of TAM keep their gradients but are never updated.
+    return policy != "tanet_original" and not isinstance(norm, nn.BatchNorm2d)
+
+
+def _plain_groups(model: ClipNetwork, frozen_bn: bool) -> list[ParameterGroup]:
+    decay, no_decay = ParameterGroup("decay", 1, 1), ParameterGroup("no_decay", 1, 0)
+    for prefix, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and not _trained(model, module, frozen_bn, "plain"):
+            continue
+        for name, param in module.named_parameters(prefix, recurse=False):
+            (decay if param.dim() >= 2 else no_decay).params[name] = param
+    return [decay, no_decay]
