@@ -11,6 +11,7 @@ and values are equal in all layouts; only names differ. The layouts:
     torchvision   ImageNet ResNet: no temporal modules, so those rows do not exist
 """
 
+import functools
 import re
 from typing import Literal, get_args
 
@@ -84,7 +85,8 @@ _TABLE: tuple[tuple[str, str, str, str | None], ...] = (
 )
 
 
-def _column(layout: Layout) -> list[str | None]:
+@functools.cache
+def _templates(layout: Layout) -> list[str | None]:
     """The templates of one layout, in the order of the table's rows."""
     if layout == "original_fc":
         return [row[1].replace("new_fc", "base_model.fc") for row in _TABLE]
@@ -93,6 +95,12 @@ def _column(layout: Layout) -> list[str | None]:
         return [name.replace("tam.L", "self_conv.conv_g") for name in names]
     index = {"accel": 0, "original": 1, "mmaction2": 2, "torchvision": 3}[layout]
     return [row[index] for row in _TABLE]
+
+
+@functools.cache
+def _patterns(layout: Layout) -> list[re.Pattern[str] | None]:
+    """What matches the names of one layout, in the order of the table's rows."""
+    return [_pattern(template) if template else None for template in _templates(layout)]
 
 
 def _pattern(template: str) -> re.Pattern[str]:
@@ -113,8 +121,8 @@ def rename(name: str, source: Layout, target: Layout) -> str | None:
     Returns:
         The name, or None when `name` does not belong to `source` or has no place in `target`.
     """
-    for template, result in zip(_column(source), _column(target), strict=True):
-        match = _pattern(template).fullmatch(name) if template else None
+    for pattern, result in zip(_patterns(source), _templates(target), strict=True):
+        match = pattern and pattern.fullmatch(name)
         if match:
             return result.format(**match.groupdict()) if result else None
     return None
