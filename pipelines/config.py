@@ -53,7 +53,7 @@ class DataConfig:
     come without `train/` and `val/`. The choice depends on file names only."""
 
     allow_outside_root: bool = False
-    """Permit absolute paths, `..` and links in lists that lead out of `root`."""
+    """Permit absolute paths and `..` in lists that lead out of `root`."""
 
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Mean of R, G, B on the scale 0..1, subtracted by the engine on the device."""

@@ -1,0 +1,134 @@
+"""From the `data` section to the videos of both splits: lists, class folders, generated sets."""
+
+import hashlib
+from pathlib import Path
+
+from pipelines.annotations import VideoRecord, VideoSet, read_class_names, read_list
+from pipelines.config import DataConfig
+from pipelines.errors import AnnotationError, DataError
+
+VIDEO_SUFFIXES = frozenset(
+    ".avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split()
+)
+
+
+def load_videos(data: DataConfig, *, progress: bool = True) -> tuple[VideoSet, VideoSet]:
+    """(training, validation) videos of a configuration, with the same classes.
+
+    Reads lists and folder names only; the media themselves are checked by
+    `pipelines.media.index_videos`.
+    """
+    if data.generate == "motion8":
+        from pipelines.synthetic import generate_motion8
+
+        root = generate_motion8(data.resolved_cache_dir(), progress=progress)
+        return _from_lists(root, root / "train.txt", root / "val.txt", data, root / "classes.txt")
+    if not data.root and not data.train_list:
+        raise DataError(
+            "data.root: expected the folder of the videos, got ''; pass --data.root, or "
+            "--data.generate=motion8 for a generated set."
+        )
+    root = Path(data.root).expanduser().absolute()
+    if not root.is_dir():
+        raise DataError(f"data.root: expected a folder, got '{root}'.")
+    classes_file = root / data.classes_file if data.classes_file else None
+    if data.train_list:
+        return _from_lists(root, root / data.train_list, root / data.val_list, data, classes_file)
+    return _from_folders(root, data, classes_file)
+
+
+def _from_lists(
+    root: Path, train_list: Path, val_list: Path, data: DataConfig, classes_file: Path | None
+) -> tuple[VideoSet, VideoSet]:
+    names = _declared_names(data, classes_file)
+    train, val = (
+        read_list(
+            path,
+            root=root,
+            num_classes=len(names),
+            allow_outside_root=data.allow_outside_root,
+        )
+        for path in (train_list, val_list)
+    )
+    if not names:
+        names = _numbered(max(record.label for record in train) + 1)
+        beyond = next((record for record in val if record.label >= len(names)), None)
+        if beyond:
+            raise AnnotationError(
+                val_list,
+                f"label {beyond.label} of '{beyond.name}' does not occur in {train_list} (labels "
+                f"below {len(names)}); give --data.num_classes if this is meant.",
+            )
+    return VideoSet(train, names), VideoSet(val, names)
+
+
+def _declared_names(data: DataConfig, classes_file: Path | None) -> tuple[str, ...]:
+    if classes_file is None:
+        return _numbered(data.num_classes)
+    names = read_class_names(classes_file)
+    if data.num_classes not in (0, len(names)):
+        raise AnnotationError(
+            classes_file,
+            f"expected {data.num_classes} class names (data.num_classes), got {len(names)}.",
+        )
+    return names
+
+
+def _numbered(count: int) -> tuple[str, ...]:
+    return tuple(str(label) for label in range(count))
+
+
+def _from_folders(
+    root: Path, data: DataConfig, classes_file: Path | None
+) -> tuple[VideoSet, VideoSet]:
+    split_folders = (root / "train").is_dir() and (root / "val").is_dir()
+    train_root = root / "train" if split_folders else root
+    names = _declared_names(data, classes_file) if classes_file else _subfolders(train_root)
+    if data.num_classes not in (0, len(names)):
+        raise AnnotationError(
+            train_root, f"expected {data.num_classes} classes (data.num_classes), got {len(names)}."
+        )
+    train = _class_folder_records(root, train_root, names)
+    if split_folders:
+        val = _class_folder_records(root, root / "val", names)
+    else:
+        val = _held_out(train, data.val_fraction)
+        held_out = set(val)
+        train = tuple(record for record in train if record not in held_out)
+    for split, records in (("training", train), ("validation", val)):
+        if not records:
+            raise DataError(f"{root}: no {split} video; expected files like <class>/<clip>.mp4.")
+    return VideoSet(train, names), VideoSet(val, names)
+
+
+def _subfolders(folder: Path) -> tuple[str, ...]:
+    entries = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    return tuple(sorted(entry.name for entry in entries if entry.is_dir()))
+
+
+def _class_folder_records(
+    root: Path, folder: Path, names: tuple[str, ...]
+) -> tuple[VideoRecord, ...]:
+    unknown = sorted(set(_subfolders(folder)) - set(names))
+    if unknown:
+        raise AnnotationError(folder, f"the class folder '{unknown[0]}' is not among the classes.")
+    records = []
+    for label, class_name in enumerate(names):
+        class_folder = folder / class_name
+        files = sorted(class_folder.iterdir()) if class_folder.is_dir() else []
+        for path in files:
+            if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith("."):
+                name = path.relative_to(root).as_posix()
+                records.append(VideoRecord(name, path, label))
+    return tuple(records)
+
+
+def _held_out(records: tuple[VideoRecord, ...], fraction: float) -> tuple[VideoRecord, ...]:
+    """A share of each class, chosen by a hash of the names; at least one of two or more."""
+    chosen = []
+    for label in sorted({record.label for record in records}):
+        members = [record for record in records if record.label == label]
+        count = min(max(1, round(len(members) * fraction)), len(members) - 1)
+        members.sort(key=lambda record: hashlib.sha256(record.name.encode()).digest())
+        chosen += members[:count]
+    return tuple(sorted(chosen, key=lambda record: (record.label, record.name)))
