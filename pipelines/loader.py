@@ -1,0 +1,413 @@
+"""build_loader(): batches of clips, decoded ahead in the background, in a reproducible order."""
+
+import importlib.util
+import logging
+import math
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from pipelines.annotations import VideoSet
+from pipelines.config import AugmentConfig, DataConfig, LoaderConfig, SamplingConfig
+from pipelines.dali_video import DaliVideo
+from pipelines.errors import DataError, MediaError
+from pipelines.fallback import PyavVideo, read_frames
+from pipelines.geometry import resized_short_side
+from pipelines.media import index_videos, probe
+from pipelines.order import Split, train_positions, val_positions
+from pipelines.source import Sample, SampleSource
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch."""
+
+    clips: torch.Tensor
+    """[N, T, size, size, 3] uint8 RGB on the loader's device. `clips.flatten(0, 1).permute(0, 3, 1,
+    2)` is a channels_last view."""
+
+    labels: torch.Tensor
+    """[N] int64 on the loader's device; after the label exchange of a flip."""
+
+    sample_ids: torch.Tensor
+    """[N] int64 on the CPU; indices into the records of the split."""
+
+
+class _Decoder(Protocol):
+    def run(self, samples: Sequence[Sample]) -> torch.Tensor: ...
+    def close(self) -> None: ...
+
+
+def build_loader(
+    videos: VideoSet,
+    *,
+    split: Split,
+    data: DataConfig,
+    sampling: SamplingConfig,
+    augment: AugmentConfig,
+    loader: LoaderConfig,
+    seed: int,
+    micro_batch: int,
+    global_batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | None = None,
+    progress: bool = True,
+) -> "Loader":
+    """Check every file of a split and build its loader.
+
+    Args:
+        videos: of `pipelines.datasets.load_videos`.
+        split: "train": random frames, crops and flips, shuffled; "val": fixed, in list order.
+        data, sampling, augment, loader: the configuration sections.
+        seed: of every random draw of the run.
+        micro_batch: clips per batch of this rank.
+        global_batch: clips per optimizer step, a multiple of micro_batch x world_size; unused for
+            "val".
+        rank: of this process, 0-based.
+        world_size: number of processes.
+        device: of the clips and labels; None = CPU.
+        progress: show a bar while indexing, if stderr is a terminal.
+
+    Raises:
+        DataError: files cannot be used, are too short, or are fewer than one global batch.
+        ValueError: batch sizes that do not divide, or a decoder that is not installed.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank: expected 0 <= rank < {world_size}, got {rank}.")
+    if micro_batch < 1 or (split == "train" and global_batch % (micro_batch * world_size)):
+        raise ValueError(
+            f"train.global_batch: expected a multiple of train.micro_batch x processes = "
+            f"{micro_batch} x {world_size}, got {global_batch}."
+        )
+    if split == "train" and len(videos.records) < global_batch:
+        raise DataError(
+            f"the training set has {len(videos.records)} videos, fewer than one global batch "
+            f"({global_batch}); lower train.global_batch or add videos."
+        )
+    paths = [record.path for record in videos.records]
+    infos = index_videos(
+        paths,
+        cache_dir=data.resolved_cache_dir(),
+        threads=loader.resolved_threads(),
+        progress=progress,
+    )
+    source = SampleSource(videos, infos, split=split, sampling=sampling, augment=augment, seed=seed)
+    return Loader(
+        source,
+        split=split,
+        sampling=sampling,
+        augment=augment,
+        loader=loader,
+        micro_batch=micro_batch,
+        global_batch=global_batch,
+        rank=rank,
+        world_size=world_size,
+        device=device or torch.device("cpu"),
+    )
+
+
+class Loader:
+    """Batches of one rank as a function of (epoch, start). Use from one thread."""
+
+    def __init__(
+        self,
+        source: SampleSource,
+        *,
+        split: Split,
+        sampling: SamplingConfig,
+        augment: AugmentConfig,
+        loader: LoaderConfig,
+        micro_batch: int,
+        global_batch: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+    ) -> None:
+        self._source = source
+        self._split = split
+        self._augment = augment
+        self._config = loader
+        self._micro_batch = micro_batch
+        self._global_batch = global_batch
+        self._rank = rank
+        self._world_size = world_size
+        self._device = device
+        self._repeats = sampling.short_videos != "error"
+        self._threads = loader.resolved_threads()
+        # Micro-batches decoded together: enough clips to keep every thread busy.
+        self._group = max(1, math.ceil(2 * self._threads / micro_batch))
+        self._backend, self.description = _choose_decoder(source, loader)
+        self.description += f", {self._threads} threads"
+        self._state = _State()
+        # Also runs at the interpreter's exit, before the threads would be torn down.
+        self._finalizer = weakref.finalize(self, self._state.release)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Micro-batches of this rank in one epoch."""
+        if self._split == "train":
+            per_step = self._global_batch // (self._micro_batch * self._world_size)
+            return self.steps_per_epoch * per_step
+        own = len(range(self._rank, len(self._source), self._world_size))
+        return math.ceil(own / self._micro_batch)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch (the incomplete last one is dropped); for "val", batches."""
+        if self._split == "train":
+            return len(self._source) // self._global_batch
+        return self.batches_per_epoch
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The micro-batches `start`, `start` + 1, ... of an epoch of this rank.
+
+        They are the same whatever `start` is, so a run resumes at any batch. Decoding runs ahead in
+        the background until the iterator is exhausted, closed or replaced by another one.
+        """
+        if epoch < 0 or not 0 <= start <= self.batches_per_epoch:
+            raise ValueError(
+                f"epoch: expected epoch >= 0 and 0 <= start <= {self.batches_per_epoch}, "
+                f"got {epoch} and {start}."
+            )
+        self._state.stop()
+        if self._state.decoder is None:
+            self._state.decoder = self._build_decoder()
+        run = _Run(self._groups(epoch, start), self._decode, self._queue_length())
+        self._state.run = run
+        return self._iterate(run)
+
+    def close(self) -> None:
+        """End the background threads and release the decoder; the loader can be used again."""
+        self._state.release()
+
+    def samples(self, epoch: int, index: int) -> list[Sample]:
+        """What micro-batch `index` of an epoch of this rank is made of; decodes nothing."""
+        if self._split == "train":
+            positions = train_positions(
+                index,
+                rank=self._rank,
+                world_size=self._world_size,
+                micro_batch=self._micro_batch,
+                global_batch=self._global_batch,
+            )
+        else:
+            positions = val_positions(
+                index,
+                rank=self._rank,
+                world_size=self._world_size,
+                micro_batch=self._micro_batch,
+                num_samples=len(self._source),
+            )
+        return [self._source.sample(epoch, position) for position in positions]
+
+    def _queue_length(self) -> int:
+        return max(1, math.ceil(self._config.prefetch / self._group))
+
+    def _groups(self, epoch: int, start: int) -> Iterator[list[list[Sample]]]:
+        end = self.batches_per_epoch
+        for first in range(start, end, self._group):
+            indices = range(first, min(first + self._group, end))
+            yield [self.samples(epoch, index) for index in indices]
+
+    def _decode(self, group: list[list[Sample]]) -> list[Batch]:
+        decoder = self._state.decoder
+        assert decoder is not None
+        samples = [sample for batch in group for sample in batch]
+        try:
+            clips = decoder.run(samples)
+        except DataError:
+            raise
+        except RuntimeError as error:
+            raise _name_culprit(samples, error) from error
+        labels = torch.tensor([sample.label for sample in samples])
+        ids = torch.tensor([sample.sample_id for sample in samples])
+        if self._device.type == "cuda":
+            clips, labels = clips.pin_memory(), labels.pin_memory()
+        sizes = [len(batch) for batch in group]
+        parts = zip(*(torch.split(values, sizes) for values in (clips, labels, ids)), strict=True)
+        return [Batch(*part) for part in parts]
+
+    def _iterate(self, run: "_Run") -> Iterator[Batch]:
+        try:
+            while (batches := run.next_group(self._config.timeout_s)) is not None:
+                for batch in batches:
+                    yield Batch(
+                        batch.clips.to(self._device, non_blocking=True),
+                        batch.labels.to(self._device, non_blocking=True),
+                        batch.sample_ids,
+                    )
+        except DataError:
+            self._state.release()  # a DALI pipeline is not valid after an error
+            raise
+        finally:
+            run.stop()
+
+    def _build_decoder(self) -> _Decoder:
+        augment = self._augment
+        if self._backend == "pyav":
+            return PyavVideo(threads=self._threads, size=augment.size, antialias=augment.antialias)
+        random_crop = self._split == "train" and augment.crop == "multiscale"
+        square = (augment.size, augment.size)
+        short = augment.resize or augment.size
+        sizes = {(info.width, info.height) for info in self._source.infos}
+        scaled = {size: resized_short_side(*size, short) for size in sizes}
+        return DaliVideo(
+            max_samples=self._group * self._micro_batch,
+            threads=self._threads,
+            size=augment.size,
+            antialias=augment.antialias,
+            crop_before=random_crop,
+            scale=random_crop or any(size != to for size, to in scaled.items()),
+            crop_after=not random_crop and any(to != square for to in scaled.values()),
+            flip=self._split == "train" and augment.flip,
+            repeat=self._repeats,
+        )
+
+
+def _choose_decoder(source: SampleSource, config: LoaderConfig) -> tuple[str, str]:
+    """("dali" or "pyav", one line that says which and why)."""
+    if config.decoder == "pyav":
+        return "pyav", "PyAV (loader.decoder=pyav)"
+    problem = next(_dali_problems(source), None)
+    installed = _dali_installed()
+    if config.decoder == "dali":
+        if not installed:
+            raise ValueError(
+                'loader.decoder: "dali" needs NVIDIA DALI, which is not installed; run pip install '
+                '"accel-video[dali]" or pass --loader.decoder=pyav.'
+            )
+        if problem:
+            path, reason = problem
+            raise MediaError(path, f"{reason}; pass --loader.decoder=pyav or auto.")
+        return "dali", "DALI on the CPU (loader.decoder=dali)"
+    if not installed:
+        return "pyav", "PyAV (DALI is not installed)"
+    if problem:
+        return "pyav", f"PyAV ({problem[1]})"
+    return "dali", "DALI on the CPU"
+
+
+def _dali_problems(source: SampleSource) -> Iterator[tuple[str, str]]:
+    for record, info in zip(source.videos.records, source.infos, strict=True):
+        if reason := info.dali_cpu_problem:
+            yield str(record.path), reason
+
+
+def _dali_installed() -> bool:
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # no package `nvidia` at all
+        return False
+
+
+def _name_culprit(samples: Sequence[Sample], error: RuntimeError) -> DataError:
+    """DALI fails for a whole group without naming the file: find it with PyAV."""
+    for sample in samples:
+        try:
+            probe(sample.path)
+            read_frames(sample)
+        except MediaError as found:
+            return found
+    paths = ", ".join(str(sample.path) for sample in samples)
+    reason = " ".join(str(error).split())[-300:]
+    return DataError(f"DALI cannot decode one of {paths}: {reason}")
+
+
+class _State:
+    """What must be ended: the running epoch and the decoder."""
+
+    def __init__(self) -> None:
+        self.run: _Run | None = None
+        self.decoder: _Decoder | None = None
+
+    def stop(self) -> None:
+        if self.run is not None:
+            self.run.stop()
+            self.run = None
+
+    def release(self) -> None:
+        self.stop()
+        if self.decoder is not None:
+            self.decoder.close()
+            self.decoder = None
+
+
+class _Run:
+    """One epoch: a thread that decodes group after group into a bounded queue."""
+
+    def __init__(
+        self,
+        groups: Iterator[list[list[Sample]]],
+        decode: Callable[[list[list[Sample]]], list[Batch]],
+        length: int,
+    ) -> None:
+        self._queue: queue.Queue[list[Batch] | BaseException | None] = queue.Queue(length)
+        self._stop = threading.Event()
+        self._in_flight: list[Sample] = []
+        self._thread = threading.Thread(
+            target=self._produce, args=(groups, decode), name="accel-loader", daemon=True
+        )
+        self._thread.start()
+
+    def _produce(
+        self,
+        groups: Iterator[list[list[Sample]]],
+        decode: Callable[[list[list[Sample]]], list[Batch]],
+    ) -> None:
+        try:
+            for group in groups:
+                self._in_flight = [sample for batch in group for sample in batch]
+                if not self._put(decode(group)):
+                    return
+            self._put(None)
+        except BaseException as error:  # re-raised by the consumer
+            self._put(error)
+
+    def _put(self, item: list[Batch] | BaseException | None) -> bool:
+        """Wait for room; False = stopped."""
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def next_group(self, timeout_s: float) -> list[Batch] | None:
+        """The next batches, None at the end; raises what the thread raised."""
+        deadline = time.monotonic() + timeout_s
+        while not self._stop.is_set():
+            try:
+                item = self._queue.get(timeout=min(0.5, max(0.001, deadline - time.monotonic())))
+            except queue.Empty:
+                if time.monotonic() >= deadline:
+                    raise DataError(self._timeout_message(timeout_s)) from None
+                continue
+            if isinstance(item, BaseException):
+                raise item
+            return item
+        return None
+
+    def _timeout_message(self, timeout_s: float) -> str:
+        named = ", ".join(f"{sample.sample_id} ({sample.path})" for sample in self._in_flight)
+        return (
+            f"no batch within loader.timeout_s = {timeout_s:g} s; decoding samples {named}. "
+            "Check the storage, or raise --loader.timeout_s."
+        )
+
+    def stop(self) -> None:
+        """End the thread; a decoder that hangs is left behind after a short wait."""
+        self._stop.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=5.0)
+        if self._thread.is_alive():
+            _LOG.warning("the decoding thread does not end")
