@@ -30,11 +30,9 @@ class VideoSet:
     """The videos of one split, in the order of the list."""
 
     records: tuple[VideoRecord, ...]
-    class_names: tuple[str, ...]
 
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
+    def __len__(self) -> int:
+        return len(self.records)
 
     @cached_property
     def fingerprint(self) -> str:

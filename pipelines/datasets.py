@@ -1,6 +1,7 @@
 """From the `data` section to the videos of both splits: lists, class folders, generated sets."""
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.annotations import VideoRecord, VideoSet, read_class_names, read_list
@@ -12,12 +13,49 @@ VIDEO_SUFFIXES = frozenset(
 )
 
 
-def load_videos(data: DataConfig, *, progress: bool = True) -> tuple[VideoSet, VideoSet]:
-    """(training, validation) videos of a configuration, with the same classes.
+_Splits = tuple[tuple[VideoRecord, ...], tuple[VideoRecord, ...], tuple[str, ...]]
 
-    Reads lists and folder names only; the media themselves are checked by
-    `pipelines.media.index_videos`.
+
+@dataclass(frozen=True)
+class Dataset:
+    """The videos of both splits, with the same classes."""
+
+    train: VideoSet
+    val: VideoSet
+    class_names: tuple[str, ...]
+    """Class k is label k; the decimal number where no name is known."""
+
+    cache_dir: Path
+    """Where the media index is kept."""
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """sha256 of each split's names and labels, in order."""
+        return {"train": self.train.fingerprint, "val": self.val.fingerprint}
+
+
+def open_dataset(data: DataConfig, *, progress: bool = True) -> Dataset:
+    """The videos of a configuration.
+
+    Reads lists and folder names only (and writes a generated set if there is none yet); the media
+    themselves are checked by `pipelines.loader.build_loader`.
+
+    Args:
+        data: the configuration section.
+        progress: show a bar while generating, if stderr is a terminal.
+
+    Raises:
+        DataError: a list, or the folder, that cannot be used.
     """
+    train, val, class_names = _splits(data, progress)
+    return Dataset(VideoSet(train), VideoSet(val), class_names, data.resolved_cache_dir())
+
+
+def _splits(data: DataConfig, progress: bool) -> _Splits:
     if data.generate == "motion8":
         from pipelines.synthetic import generate_motion8
 
@@ -39,7 +77,7 @@ def load_videos(data: DataConfig, *, progress: bool = True) -> tuple[VideoSet, V
 
 def _from_lists(
     root: Path, train_list: Path, val_list: Path, data: DataConfig, classes_file: Path | None
-) -> tuple[VideoSet, VideoSet]:
+) -> _Splits:
     names = _declared_names(data, classes_file)
     train, val = (
         read_list(
@@ -59,7 +97,7 @@ def _from_lists(
                 f"label {beyond.label} of '{beyond.name}' does not occur in {train_list} (labels "
                 f"below {len(names)}); give --data.num_classes if this is meant.",
             )
-    return VideoSet(train, names), VideoSet(val, names)
+    return train, val, names
 
 
 def _declared_names(data: DataConfig, classes_file: Path | None) -> tuple[str, ...]:
@@ -78,9 +116,7 @@ def _numbered(count: int) -> tuple[str, ...]:
     return tuple(str(label) for label in range(count))
 
 
-def _from_folders(
-    root: Path, data: DataConfig, classes_file: Path | None
-) -> tuple[VideoSet, VideoSet]:
+def _from_folders(root: Path, data: DataConfig, classes_file: Path | None) -> _Splits:
     split_folders = (root / "train").is_dir() and (root / "val").is_dir()
     train_root = root / "train" if split_folders else root
     names = _declared_names(data, classes_file) if classes_file else _subfolders(train_root)
@@ -98,7 +134,7 @@ def _from_folders(
     for split, records in (("training", train), ("validation", val)):
         if not records:
             raise DataError(f"{root}: no {split} video; expected files like <class>/<clip>.mp4.")
-    return VideoSet(train, names), VideoSet(val, names)
+    return train, val, names
 
 
 def _subfolders(folder: Path) -> tuple[str, ...]:

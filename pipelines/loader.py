@@ -1,44 +1,25 @@
 """build_loader(): batches of clips, decoded ahead in the background, in a reproducible order."""
 
 import importlib.util
-import logging
 import math
-import queue
-import threading
-import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 
-from pipelines.annotations import VideoSet
-from pipelines.config import AugmentConfig, DataConfig, LoaderConfig, SamplingConfig
+from pipelines.config import AugmentConfig, LoaderConfig, SamplingConfig
 from pipelines.dali_video import DaliVideo
+from pipelines.datasets import Dataset
 from pipelines.errors import DataError, MediaError
 from pipelines.fallback import PyavVideo, read_frames
 from pipelines.geometry import resized_short_side
 from pipelines.media import index_videos, probe
 from pipelines.order import Split, train_positions, val_positions
+from pipelines.prefetch import Batch, Prefetcher
 from pipelines.source import Sample, SampleSource
 
-_LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch."""
-
-    clips: torch.Tensor
-    """[N, T, size, size, 3] uint8 RGB on the loader's device. `clips.flatten(0, 1).permute(0, 3, 1,
-    2)` is a channels_last view."""
-
-    labels: torch.Tensor
-    """[N] int64 on the loader's device; after the label exchange of a flip."""
-
-    sample_ids: torch.Tensor
-    """[N] int64 on the CPU; indices into the records of the split."""
+__all__ = ["Batch", "Loader", "build_loader"]
 
 
 class _Decoder(Protocol):
@@ -47,10 +28,9 @@ class _Decoder(Protocol):
 
 
 def build_loader(
-    videos: VideoSet,
+    dataset: Dataset,
     *,
     split: Split,
-    data: DataConfig,
     sampling: SamplingConfig,
     augment: AugmentConfig,
     loader: LoaderConfig,
@@ -60,14 +40,13 @@ def build_loader(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | None = None,
-    progress: bool = True,
 ) -> "Loader":
     """Check every file of a split and build its loader.
 
     Args:
-        videos: of `pipelines.datasets.load_videos`.
+        dataset: of `pipelines.datasets.open_dataset`.
         split: "train": random frames, crops and flips, shuffled; "val": fixed, in list order.
-        data, sampling, augment, loader: the configuration sections.
+        sampling, augment, loader: the configuration sections.
         seed: of every random draw of the run.
         micro_batch: clips per batch of this rank.
         global_batch: clips per optimizer step, a multiple of micro_batch x world_size; unused for
@@ -75,7 +54,6 @@ def build_loader(
         rank: of this process, 0-based.
         world_size: number of processes.
         device: of the clips and labels; None = CPU.
-        progress: show a bar while indexing, if stderr is a terminal.
 
     Raises:
         DataError: files cannot be used, are too short, or are fewer than one global batch.
@@ -88,19 +66,28 @@ def build_loader(
             f"train.global_batch: expected a multiple of train.micro_batch x processes = "
             f"{micro_batch} x {world_size}, got {global_batch}."
         )
-    if split == "train" and len(videos.records) < global_batch:
+    videos = dataset.train if split == "train" else dataset.val
+    if split == "train" and len(videos) < global_batch:
         raise DataError(
-            f"the training set has {len(videos.records)} videos, fewer than one global batch "
+            f"the training set has {len(videos)} videos, fewer than one global batch "
             f"({global_batch}); lower train.global_batch or add videos."
         )
     paths = [record.path for record in videos.records]
     infos = index_videos(
         paths,
-        cache_dir=data.resolved_cache_dir(),
+        cache_dir=dataset.cache_dir,
         threads=loader.resolved_threads(),
-        progress=progress,
+        progress=rank == 0,
     )
-    source = SampleSource(videos, infos, split=split, sampling=sampling, augment=augment, seed=seed)
+    source = SampleSource(
+        videos,
+        infos,
+        split=split,
+        sampling=sampling,
+        augment=augment,
+        seed=seed,
+        num_classes=dataset.num_classes,
+    )
     return Loader(
         source,
         split=split,
@@ -181,7 +168,8 @@ class Loader:
         self._state.stop()
         if self._state.decoder is None:
             self._state.decoder = self._build_decoder()
-        run = _Run(self._groups(epoch, start), self._decode, self._queue_length())
+        length = max(1, math.ceil(self._config.prefetch / self._group))
+        run = Prefetcher(self._groups(epoch, start), self._decode, length)
         self._state.run = run
         return self._iterate(run)
 
@@ -209,9 +197,6 @@ class Loader:
             )
         return [self._source.sample(epoch, position) for position in positions]
 
-    def _queue_length(self) -> int:
-        return max(1, math.ceil(self._config.prefetch / self._group))
-
     def _groups(self, epoch: int, start: int) -> Iterator[list[list[Sample]]]:
         end = self.batches_per_epoch
         for first in range(start, end, self._group):
@@ -236,7 +221,7 @@ class Loader:
         parts = zip(*(torch.split(values, sizes) for values in (clips, labels, ids)), strict=True)
         return [Batch(*part) for part in parts]
 
-    def _iterate(self, run: "_Run") -> Iterator[Batch]:
+    def _iterate(self, run: Prefetcher) -> Iterator[Batch]:
         try:
             while (batches := run.next_group(self._config.timeout_s)) is not None:
                 for batch in batches:
@@ -326,7 +311,7 @@ class _State:
     """What must be ended: the running epoch and the decoder."""
 
     def __init__(self) -> None:
-        self.run: _Run | None = None
+        self.run: Prefetcher | None = None
         self.decoder: _Decoder | None = None
 
     def stop(self) -> None:
@@ -339,75 +324,3 @@ class _State:
         if self.decoder is not None:
             self.decoder.close()
             self.decoder = None
-
-
-class _Run:
-    """One epoch: a thread that decodes group after group into a bounded queue."""
-
-    def __init__(
-        self,
-        groups: Iterator[list[list[Sample]]],
-        decode: Callable[[list[list[Sample]]], list[Batch]],
-        length: int,
-    ) -> None:
-        self._queue: queue.Queue[list[Batch] | BaseException | None] = queue.Queue(length)
-        self._stop = threading.Event()
-        self._in_flight: list[Sample] = []
-        self._thread = threading.Thread(
-            target=self._produce, args=(groups, decode), name="accel-loader", daemon=True
-        )
-        self._thread.start()
-
-    def _produce(
-        self,
-        groups: Iterator[list[list[Sample]]],
-        decode: Callable[[list[list[Sample]]], list[Batch]],
-    ) -> None:
-        try:
-            for group in groups:
-                self._in_flight = [sample for batch in group for sample in batch]
-                if not self._put(decode(group)):
-                    return
-            self._put(None)
-        except BaseException as error:  # re-raised by the consumer
-            self._put(error)
-
-    def _put(self, item: list[Batch] | BaseException | None) -> bool:
-        """Wait for room; False = stopped."""
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def next_group(self, timeout_s: float) -> list[Batch] | None:
-        """The next batches, None at the end; raises what the thread raised."""
-        deadline = time.monotonic() + timeout_s
-        while not self._stop.is_set():
-            try:
-                item = self._queue.get(timeout=min(0.5, max(0.001, deadline - time.monotonic())))
-            except queue.Empty:
-                if time.monotonic() >= deadline:
-                    raise DataError(self._timeout_message(timeout_s)) from None
-                continue
-            if isinstance(item, BaseException):
-                raise item
-            return item
-        return None
-
-    def _timeout_message(self, timeout_s: float) -> str:
-        named = ", ".join(f"{sample.sample_id} ({sample.path})" for sample in self._in_flight)
-        return (
-            f"no batch within loader.timeout_s = {timeout_s:g} s; decoding samples {named}. "
-            "Check the storage, or raise --loader.timeout_s."
-        )
-
-    def stop(self) -> None:
-        """End the thread; a decoder that hangs is left behind after a short wait."""
-        self._stop.set()
-        if self._thread is not threading.current_thread():
-            self._thread.join(timeout=5.0)
-        if self._thread.is_alive():
-            _LOG.warning("the decoding thread does not end")

@@ -7,9 +7,7 @@ packets and frames do not correspond. The result is cached, so an unchanged file
 import hashlib
 import json
 import logging
-import os
 import sys
-import uuid
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pipelines.cache import locked, replace_text
 from pipelines.containers import find_damage
 from pipelines.errors import DataError, MediaError
 
@@ -164,6 +163,13 @@ def index_videos(
         DataError: several cannot; the message counts them and names the first three.
     """
     cache_path = cache_dir / "media" / f"{_digest(paths)}.json"
+    with locked(cache_path.with_suffix(".lock")):  # other ranks wait for the first one's work
+        return _index(paths, cache_path, threads, progress)
+
+
+def _index(
+    paths: Sequence[Path], cache_path: Path, threads: int, progress: bool
+) -> list[MediaInfo]:
     cached = _read_cache(cache_path)
     results: dict[Path, MediaInfo] = {}
     stamps: dict[Path, list[int]] = {}
@@ -243,15 +249,8 @@ def _write_cache(path: Path, results: dict[Path, MediaInfo], stamps: dict[Path, 
         str(video): {"stamp": stamps[video], "info": _info_to_json(info)}
         for video, info in results.items()
     }
-    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = json.dumps({"version": _VERSION, "entries": entries}, separators=(",", ":"))
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        _LOG.warning("%s: the media index is not cached (%s)", path, error)
-        temporary.unlink(missing_ok=True)
+    content = json.dumps({"version": _VERSION, "entries": entries}, separators=(",", ":"))
+    replace_text(path, content)
 
 
 def _info_to_json(info: MediaInfo) -> dict[str, Any]:

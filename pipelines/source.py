@@ -47,6 +47,7 @@ class SampleSource:
         sampling: SamplingConfig,
         augment: AugmentConfig,
         seed: int,
+        num_classes: int,
     ) -> None:
         self.videos = videos
         self.infos = infos
@@ -57,18 +58,18 @@ class SampleSource:
         self._flipped_label = label_pairs(augment.flip_label_pairs)
         if sampling.short_videos == "error":
             _refuse_short_videos(videos, infos, sampling.num_segments)
-        beyond = [label for label in self._flipped_label if label >= videos.num_classes]
+        beyond = [label for label in self._flipped_label if label >= num_classes]
         if beyond:
             raise ValueError(
                 f"augment.flip_label_pairs: expected labels below the number of classes "
-                f"({videos.num_classes}), got {max(beyond)}."
+                f"({num_classes}), got {max(beyond)}."
             )
         self._order = functools.lru_cache(maxsize=2)(
-            functools.partial(epoch_order, len(videos.records), seed)
+            functools.partial(epoch_order, len(videos), seed)
         )
 
     def __len__(self) -> int:
-        return len(self.videos.records)
+        return len(self.videos)
 
     def sample(self, epoch: int, position: int) -> Sample:
         """The sample at a position of the epoch's order; validation keeps the list's order."""

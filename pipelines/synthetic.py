@@ -7,8 +7,6 @@ mid-clip, so a single frame does not tell the class: what a network scores above
 from the order of the frames.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -18,7 +16,6 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -29,6 +26,8 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+
+from pipelines.cache import locked
 
 _LOG = logging.getLogger(__name__)
 
@@ -73,8 +72,7 @@ def generate_motion8(
     root = cache_dir / f"motion8-{digest}"
     if root.is_dir():
         return root
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(cache_dir / f"{root.name}.lock"):
+    with locked(cache_dir / f"{root.name}.lock"):
         if root.is_dir():
             return root
         for left_over in cache_dir.glob(f"{root.name}.tmp-*"):  # of a killed process
@@ -86,14 +84,6 @@ def generate_motion8(
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return root
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock; the system releases it when the process dies."""
-    with path.open("a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _write_set(folder: Path, seed: int, sizes: dict[str, int], progress: bool) -> None:

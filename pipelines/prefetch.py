@@ -1,0 +1,102 @@
+"""Decoding ahead: one thread, one bounded queue."""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from pipelines.errors import DataError
+from pipelines.source import Sample
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch."""
+
+    clips: torch.Tensor
+    """[N, T, size, size, 3] uint8 RGB on the loader's device. `clips.flatten(0, 1).permute(0, 3, 1,
+    2)` is a channels_last view."""
+
+    labels: torch.Tensor
+    """[N] int64 on the loader's device; after the label exchange of a flip."""
+
+    sample_ids: torch.Tensor
+    """[N] int64 on the CPU; indices into the records of the split."""
+
+
+class Prefetcher:
+    """One epoch: a thread that decodes group after group into a bounded queue."""
+
+    def __init__(
+        self,
+        groups: Iterator[list[list[Sample]]],
+        decode: Callable[[list[list[Sample]]], list[Batch]],
+        length: int,
+    ) -> None:
+        self._queue: queue.Queue[list[Batch] | BaseException | None] = queue.Queue(length)
+        self._stop = threading.Event()
+        self._in_flight: list[Sample] = []
+        self._thread = threading.Thread(
+            target=self._produce, args=(groups, decode), name="accel-loader", daemon=True
+        )
+        self._thread.start()
+
+    def _produce(
+        self,
+        groups: Iterator[list[list[Sample]]],
+        decode: Callable[[list[list[Sample]]], list[Batch]],
+    ) -> None:
+        try:
+            for group in groups:
+                self._in_flight = [sample for batch in group for sample in batch]
+                if not self._put(decode(group)):
+                    return
+            self._put(None)
+        except BaseException as error:  # re-raised by the consumer
+            self._put(error)
+
+    def _put(self, item: list[Batch] | BaseException | None) -> bool:
+        """Wait for room; False = stopped."""
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def next_group(self, timeout_s: float) -> list[Batch] | None:
+        """The next batches, None at the end; raises what the thread raised."""
+        deadline = time.monotonic() + timeout_s
+        while not self._stop.is_set():
+            try:
+                item = self._queue.get(timeout=min(0.5, max(0.001, deadline - time.monotonic())))
+            except queue.Empty:
+                if time.monotonic() >= deadline:
+                    raise DataError(self._timeout_message(timeout_s)) from None
+                continue
+            if isinstance(item, BaseException):
+                raise item
+            return item
+        return None
+
+    def _timeout_message(self, timeout_s: float) -> str:
+        named = ", ".join(f"{sample.sample_id} ({sample.path})" for sample in self._in_flight)
+        return (
+            f"no batch within loader.timeout_s = {timeout_s:g} s; decoding samples {named}. "
+            "Check the storage, or raise --loader.timeout_s."
+        )
+
+    def stop(self) -> None:
+        """End the thread; a decoder that hangs is left behind after a short wait."""
+        self._stop.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=5.0)
+        if self._thread.is_alive():
+            _LOG.warning("the decoding thread does not end")
