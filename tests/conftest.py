@@ -14,12 +14,19 @@ def _extension_available() -> bool:
     return bool(_library.AVAILABLE)
 
 
+def _dali_installed() -> bool:
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # not even the namespace package nvidia
+        return False
+
+
 # marker -> (name in ACCEL_REQUIRE, check, reason for the skip)
 _NEEDS = {
     "needs_cuda": ("cuda", torch.cuda.is_available, "no CUDA device"),
     "needs_dali": (
         "dali",
-        lambda: importlib.util.find_spec("nvidia.dali") is not None,
+        _dali_installed,
         "NVIDIA DALI is not installed",
     ),
     "needs_nvcc": ("nvcc", lambda: shutil.which("nvcc") is not None, "nvcc is not on PATH"),
@@ -28,7 +35,7 @@ _NEEDS = {
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what this machine cannot run; ACCEL_REQUIRE=cuda,dali,... turns such skips into failures."""
+    """Skip what this machine cannot run; ACCEL_REQUIRE=cuda,dali,... makes that a failure."""
     required = set(filter(None, os.environ.get("ACCEL_REQUIRE", "").split(",")))
     for marker, (name, check, reason) in _NEEDS.items():
         if item.get_closest_marker(marker) and not check():

@@ -1,0 +1,43 @@
+# make demo   set up, then train the default recipe (options: make demo ARGS="--model.temporal none")
+# make test   set up, then run the tests            (options: make test ARGS="-m 'not slow'")
+# make setup  virtual environment, pinned dependencies, compiled extension; only what is out of date
+# make lint   formatting, static checks, types
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+python := $(VENV)/bin/python
+installed := $(VENV)/.installed
+built := $(VENV)/.built
+sources := setup.py pyproject.toml accel/__init__.py $(shell find kernels/csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+
+.PHONY: demo test setup lint clean
+
+demo: setup
+	$(python) train.py $(ARGS)
+
+test: setup
+	$(python) -m pytest $(ARGS)
+
+setup: $(built)
+
+lint: setup
+	$(python) -m ruff format --check .
+	$(python) -m ruff check .
+	$(python) -m mypy
+
+# A stamp is touched only after its step has succeeded: an interrupted set-up is repeated.
+$(installed): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "make: $(PYTHON) is older than Python 3.10; run make PYTHON=python3.11 (or newer)." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(python) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+# No build isolation: the extension must be built against the torch that will load it.
+$(built): $(installed) $(sources)
+	$(python) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+clean:
+	rm -rf build kernels/*.so *.egg-info $(VENV)

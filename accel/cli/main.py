@@ -1,0 +1,40 @@
+"""The `accel` command: subcommand table, error rendering, exit codes."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+import accel
+from accel.cli import doctor, train
+from accel.cli.rendering import run_guarded
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "train": (train.main, "train and evaluate a recipe (the same as train.py)"),
+    "doctor": (doctor.main, "report versions, devices, DALI, the extension and name clashes"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit code (0 done, 2 usage, else as the command says)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["--version"]:
+        print(accel.__version__)
+        return 0
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(_usage())
+        return 0
+    if not arguments or arguments[0] not in COMMANDS:
+        print(_usage(), file=sys.stderr)
+        got = f"unknown command {arguments[0]!r}" if arguments else "no command given"
+        print(f"accel: {got}; expected one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    command, _ = COMMANDS[arguments[0]]
+    return run_guarded(command, arguments[1:])
+
+
+def _usage() -> str:
+    rows = "\n".join(f"  {name:8} {text}" for name, (_, text) in COMMANDS.items())
+    return f"usage: accel COMMAND [options]\n\n{rows}\n\naccel COMMAND --help shows its options."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""What a run writes down: metrics.jsonl, TensorBoard, and the live progress line."""
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from accel.engine.checkpoint import write_atomically
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is shown and recorded besides the journal."""
+
+    progress_s: float = 10.0
+    """Seconds between progress lines when stderr is not a terminal (on one: a live line), > 0."""
+    tensorboard: bool = True
+    """Write TensorBoard events when the package tensorboard is installed."""
+    nvtx: bool = False
+    """Mark the phases of a step with NVTX ranges (for nsys)."""
+
+    def __post_init__(self) -> None:
+        if self.progress_s <= 0:
+            raise ValueError(f"log.progress_s: must be > 0, got {self.progress_s}.")
+
+
+class Journal:
+    """`metrics.jsonl`: a line per optimizer step, and evaluation lines marked `"event": "eval"`."""
+
+    def __init__(self, path: Path, tensorboard: Path | None = None) -> None:
+        self._file = open(path, "a", encoding="utf-8")
+        self._board = _summary_writer(tensorboard) if tensorboard is not None else None
+
+    def step(self, **values: Any) -> None:
+        """Record one optimizer step (iteration, epoch, loss, lr, clips_per_s, data_wait, ...)."""
+        self._write(values, prefix="train")
+
+    def evaluation(self, **values: Any) -> None:
+        """Record one evaluation; `iteration` is the number of steps done before it."""
+        self._write({"event": "eval", **values}, prefix="val")
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _write(self, values: dict[str, Any], prefix: str) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            try:
+                for name, value in values.items():
+                    if isinstance(value, float) and math.isfinite(value):
+                        self._board.add_scalar(f"{prefix}/{name}", value, values["iteration"])
+            except OSError as error:
+                logger.warning("TensorBoard events can no longer be written (%s).", error)
+                self._board = None
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """All complete lines of a journal; a last line cut by a crash is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
+
+
+def rewind_journal(path: Path, iteration: int, evaluated: int) -> None:
+    """Drop the lines that a resumed run will write again.
+
+    Args:
+        iteration: optimizer steps done in the checkpoint.
+        evaluated: steps done at the checkpoint's last evaluation, -1 if none.
+    """
+    kept = [
+        row
+        for row in read_journal(path)
+        if (
+            row["iteration"] <= evaluated
+            if row.get("event") == "eval"
+            else row["iteration"] < iteration
+        )
+    ]
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+
+
+class Progress:
+    """One line on stderr: step, loss, clips/s, data-wait share, ETA."""
+
+    def __init__(self, total: int, interval_s: float, stream: TextIO | None = None) -> None:
+        self._total = total
+        self._stream = stream if stream is not None else sys.stderr
+        self._live = self._stream.isatty()
+        self._interval_s = 0.2 if self._live else interval_s
+        self._last = 0.0
+        self._width = 0
+
+    def show(
+        self,
+        *,
+        done: int,
+        epoch: int,
+        loss: float,
+        clips_per_s: float,
+        data_wait: float,
+        step_s: float,
+    ) -> None:
+        """Update the line, at most every interval.
+
+        Args:
+            done: optimizer steps done.
+            epoch: 0-based.
+            data_wait: share of the time spent waiting for input, 0..1.
+            step_s: seconds per step, for the ETA.
+        """
+        now = time.monotonic()
+        if now - self._last < self._interval_s and done < self._total:
+            return
+        self._last = now
+        eta = _duration((self._total - done) * step_s)
+        text = (
+            f"step {done}/{self._total}  epoch {epoch + 1}  loss {loss:.3f}  "
+            f"{clips_per_s:.1f} clips/s  data wait {100 * data_wait:.0f} %  ETA {eta}"
+        )
+        if not self._live:
+            print(text, file=self._stream, flush=True)
+            return
+        columns = _columns(self._stream)
+        print(
+            "\r" + text[: columns - 1].ljust(min(self._width, columns - 1)),
+            end="",
+            file=self._stream,
+        )
+        self._stream.flush()
+        self._width = len(text)
+
+    def clear(self) -> None:
+        """End the live line, so that other output starts on a line of its own."""
+        if self._live and self._width:
+            print(file=self._stream, flush=True)
+            self._width = 0
+
+
+def _columns(stream: TextIO) -> int:
+    try:
+        return max(os.get_terminal_size(stream.fileno()).columns, 20)
+    except (OSError, ValueError):
+        return 80
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _summary_writer(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder))

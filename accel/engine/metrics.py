@@ -1,0 +1,71 @@
+"""Exact classification metrics: integer counts on the device, ratios at the end."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Metrics of one evaluation."""
+
+    top1: float
+    """Share of clips whose label has the largest score, 0..1."""
+    top5: float
+    """Share of clips whose label is among the five largest scores, 0..1 (1 with <= 5 classes)."""
+    mean_class: float
+    """Mean of hits / count over the classes that occur in truth or prediction; 0 for a class that
+    is predicted but never true (mmaction rule)."""
+    loss: float
+    """Mean cross-entropy, nats."""
+    num_clips: int
+    """Clips counted."""
+
+
+class ClassificationMeter:
+    """Sums over an evaluation: a confusion matrix, top-5 hits and the loss, all on the device."""
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+        self._top5 = torch.zeros((), dtype=torch.int64, device=device)
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Count one batch.
+
+        Args:
+            logits: [N, K]; ties are broken by the lower class index for top-1.
+            labels: [N] int64 in [0, K).
+        """
+        logits = logits.double()
+        num_classes = logits.shape[1]
+        predicted = logits.argmax(dim=1)  # [N]
+        self.confusion.view(-1).index_add_(
+            0, labels * num_classes + predicted, torch.ones_like(labels)
+        )
+        top = logits.topk(min(5, num_classes), dim=1).indices  # [N, min(5, K)]
+        self._top5 += (top == labels[:, None]).any(dim=1).sum()
+        self._loss += torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+    def tensors(self) -> list[Tensor]:
+        """The sums, for an all-reduce over ranks."""
+        return [self.confusion, self._top5, self._loss]
+
+    def compute(self) -> Scores:
+        """The metrics of everything counted so far (at least one clip)."""
+        confusion = self.confusion.cpu()
+        count = int(confusion.sum())
+        if count == 0:
+            raise ValueError("ClassificationMeter.compute: no clips were counted.")
+        hits = confusion.diagonal()
+        truth = confusion.sum(dim=1)  # [K]
+        occurs = (truth + confusion.sum(dim=0)) > 0
+        recall = hits[occurs].double() / truth[occurs].clamp(min=1).double()
+        return Scores(
+            top1=int(hits.sum()) / count,
+            top5=int(self._top5) / count,
+            mean_class=float(recall.mean()),
+            loss=float(self._loss) / count,
+            num_clips=count,
+        )

@@ -1,0 +1,103 @@
+"""The optimizer: published parameter groups, fused SGD, device-side skip of non-finite steps."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from accel.models.network import ClipNetwork
+from accel.models.param_groups import Policy, parameter_groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """SGD and its parameter groups."""
+
+    lr: float = 0.01
+    """Learning rate for train.global_batch clips, > 0; schedule and group factors multiply it."""
+    momentum: float = 0.9
+    """In [0, 1)."""
+    nesterov: bool = False
+    """Nesterov momentum."""
+    weight_decay: float = 0.0005
+    """L2 penalty, >= 0; group factors multiply it."""
+    clip_norm: float = 20.0
+    """Largest total L2 norm of the gradients; 0 = no clipping."""
+    groups: Policy = "plain"
+    """plain (no decay on norms and biases) | the published groups of a system."""
+    fc_lr5: bool = True
+    """tanet groups: classifier weight at 5 x, bias at 10 x the rate (published recipes)."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"optim.lr: must be > 0, got {self.lr}.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"optim.momentum: must be in [0, 1), got {self.momentum}.")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("optim.nesterov: needs optim.momentum > 0, got 0.")
+        if self.weight_decay < 0:
+            raise ValueError(f"optim.weight_decay: must be >= 0, got {self.weight_decay}.")
+        if self.clip_norm < 0:
+            raise ValueError(f"optim.clip_norm: must be >= 0 (0 = off), got {self.clip_norm}.")
+
+
+class Optimizer:
+    """Fused SGD over the published groups, with rates set from outside before every step."""
+
+    def __init__(self, model: ClipNetwork, config: OptimConfig) -> None:
+        self.groups = [
+            group
+            for group in parameter_groups(model, config.groups, fc_lr5=config.fc_lr5)
+            if group.params
+        ]
+        self._config = config
+        self.sgd = torch.optim.SGD(
+            [{"params": list(group.params.values())} for group in self.groups],
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            fused=True,
+        )
+        if config.momentum:
+            # A buffer of zeros gives the same first step as no buffer. It must exist: the fused
+            # kernel leaves a new one uninitialized when the very first step is skipped.
+            for parameter in self.parameters():
+                self.sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """All optimized parameters, group by group."""
+        return (parameter for group in self.groups for parameter in group.params.values())
+
+    def set_lr(self, factor: float) -> float:
+        """Set every group's rate and decay for the next step; returns the base rate lr * factor."""
+        base = self._config.lr * factor
+        for group, settings in zip(self.groups, self.sgd.param_groups, strict=True):
+            settings["lr"] = base * group.lr_mult
+            settings["weight_decay"] = self._config.weight_decay * group.decay_mult
+        return base
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Momentum by parameter name (empty without momentum)."""
+        return {
+            name: self.sgd.state[parameter]["momentum_buffer"]
+            for group in self.groups
+            for name, parameter in group.params.items()
+            if "momentum_buffer" in self.sgd.state[parameter]
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Copy stored momentum into the existing buffers.
+
+        Copying keeps each buffer's memory layout equal to its parameter's, which the fused kernel
+        assumes.
+
+        Raises:
+            KeyError: names differ from this optimizer's.
+        """
+        own = self.state_dict()
+        if own.keys() != state.keys():
+            raise KeyError(f"momentum of {sorted(own.keys() ^ state.keys())}")
+        for name, buffer in own.items():
+            buffer.copy_(state[name])

@@ -1,0 +1,89 @@
+"""Precision modes, the loss scaler, and the step from stored pixels to the network's input."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from accel.errors import ConfigError
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Arithmetic of forward and backward; parameters, statistics and the update stay fp32."""
+
+    mode: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """fp32 | tf32 (CUDA, Ampere and newer) | bf16 autocast | fp16 autocast with loss scaling."""
+    init_scale: float = 65536.0
+    """fp16: first loss scale, > 0."""
+
+    def __post_init__(self) -> None:
+        if self.init_scale <= 0:
+            raise ValueError(f"precision.init_scale: must be > 0, got {self.init_scale}.")
+
+
+class Precision:
+    """A precision mode on a device.
+
+    Raises:
+        ConfigError: the device cannot run the mode.
+    """
+
+    def __init__(self, config: PrecisionConfig, device: torch.device) -> None:
+        self.mode = config.mode
+        self.device = device
+        if config.mode == "tf32" and device.type != "cuda":
+            raise ConfigError(
+                "precision.mode: tf32 exists on CUDA devices only, this run is on "
+                f"{device.type}; use fp32 or bf16."
+            )
+        if (
+            config.mode == "bf16"
+            and device.type == "cuda"
+            and not torch.cuda.is_bf16_supported(including_emulation=False)
+        ):
+            raise ConfigError(
+                f"precision.mode: {torch.cuda.get_device_name(device)} has no bf16 arithmetic; "
+                "use fp16 (with loss scaling)."
+            )
+        if device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = config.mode == "tf32"
+            torch.backends.cudnn.allow_tf32 = config.mode == "tf32"
+        self.autocast_dtype = _AUTOCAST.get(config.mode)
+        self.scaler = torch.amp.GradScaler(
+            device.type, init_scale=config.init_scale, enabled=config.mode == "fp16"
+        )
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The context of the forward pass and the loss."""
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    def network_input(self, clips: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+        """Normalized, folded, channels_last input of the network.
+
+        (x / 255 - mean) / std as one multiply-add in fp32; under autocast the result is rounded
+        once to the autocast type. The layout comes for free: the pipeline's NHWC memory is
+        channels_last memory of the folded batch.
+
+        Args:
+            clips: [N, T, H, W, 3] uint8, contiguous.
+            mean: RGB, of values in 0..1.
+            std: RGB, of values in 0..1, > 0.
+
+        Returns:
+            [N*T, 3, H, W], channels_last, fp32 or the autocast type.
+        """
+        frames = clips.flatten(0, 1).permute(0, 3, 1, 2)  # [N*T, 3, H, W], channels_last view
+        std_255 = torch.tensor(std, dtype=torch.float32, device=clips.device) * 255.0
+        offset = torch.tensor(mean, dtype=torch.float32, device=clips.device) * 255.0 / std_255
+        scaled = torch.addcmul(
+            -offset.view(1, 3, 1, 1), frames.to(torch.float32), (1.0 / std_255).view(1, 3, 1, 1)
+        )
+        return scaled if self.autocast_dtype is None else scaled.to(self.autocast_dtype)

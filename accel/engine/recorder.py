@@ -1,0 +1,109 @@
+"""Reads step metrics one step late, writes them down, and refuses non-finite ones."""
+
+import collections
+import statistics
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accel.engine.journal import Journal, Progress
+from accel.errors import DivergedError
+
+MAX_SKIPPED_IN_A_ROW = 20
+MIN_LOSS_SCALE = 2.0**-10
+_RECENT_STEPS = 50
+
+
+class StepRecorder:
+    """The journal and progress line of the optimizer steps of one process.
+
+    A step's metrics stay on the device until the next step has been launched, so that reading them
+    never leaves the device idle.
+    """
+
+    def __init__(
+        self,
+        journal: Journal | None,
+        progress: Progress,
+        scaler: torch.amp.GradScaler,
+        *,
+        global_batch: int,
+    ) -> None:
+        self._journal = journal
+        self._progress = progress
+        self._scaler = scaler
+        self._global_batch = global_batch
+        self._pending: collections.deque[tuple[dict[str, Any], Tensor]] = collections.deque()
+        self._skipped_in_a_row = 0
+        self._step_s: list[float] = []
+        self._wait_s: list[float] = []
+
+    def add(self, facts: dict[str, Any], metrics: Tensor, *, step_s: float, wait_s: float) -> None:
+        """Take the facts and the device-side metrics ([3]: loss, gradient norm, skipped) of a step.
+
+        Args:
+            facts: at least `iteration` and `epoch` (both 0-based) and `lr`.
+            step_s: wall time of the step, seconds.
+            wait_s: of it, time spent waiting for input, seconds.
+        """
+        facts = {
+            **facts,
+            "clips_per_s": self._global_batch / step_s,
+            "data_wait": wait_s / step_s,
+        }
+        self._step_s.append(step_s)
+        self._wait_s.append(wait_s)
+        self._pending.append((facts, metrics))
+
+    def flush(self, keep: int = 0) -> None:
+        """Write all steps but the newest `keep`.
+
+        Raises:
+            DivergedError: fp32, tf32, bf16: a loss or gradient was not finite (the update was
+                skipped). fp16: too many skipped steps in a row, or the loss scale collapsed.
+        """
+        while len(self._pending) > keep:
+            facts, metrics = self._pending.popleft()
+            loss, norm, skipped = metrics.tolist()
+            self._check_finite(facts["iteration"], loss, norm, bool(skipped))
+            if self._journal is None:
+                continue
+            self._journal.step(**facts, loss=loss, grad_norm=norm, skipped=bool(skipped))
+            recent = self._step_s[-_RECENT_STEPS:]
+            total = sum(recent)
+            self._progress.show(
+                done=facts["iteration"] + 1,
+                epoch=facts["epoch"],
+                loss=loss,
+                clips_per_s=self._global_batch * len(recent) / total,
+                data_wait=sum(self._wait_s[-_RECENT_STEPS:]) / total,
+                step_s=total / len(recent),
+            )
+
+    def rates(self) -> dict[str, float]:
+        """Median clips/s over the steps of this process; share of their time spent waiting."""
+        if not self._step_s:
+            return {"clips_per_s": 0.0, "data_wait": 0.0}
+        return {
+            "clips_per_s": self._global_batch / statistics.median(self._step_s),
+            "data_wait": sum(self._wait_s) / sum(self._step_s),
+        }
+
+    def _check_finite(self, iteration: int, loss: float, norm: float, skipped: bool) -> None:
+        finite_loss = loss - loss == 0.0
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if not skipped and finite_loss:
+            return
+        reason = f"loss {loss:g}, gradient norm {norm:g}"
+        if (
+            self._scaler.is_enabled() and finite_loss
+        ):  # fp16: the scaler may skip and lower its scale
+            scale = self._scaler.get_scale()
+            if self._skipped_in_a_row < MAX_SKIPPED_IN_A_ROW and scale >= MIN_LOSS_SCALE:
+                return
+            reason = f"{self._skipped_in_a_row} skipped steps in a row, loss scale {scale:g}"
+        raise DivergedError(
+            f"training diverged at iteration {iteration}: {reason}. The step was not applied; "
+            "lower optim.lr or check the data, then resume from the last checkpoint."
+        )

@@ -1,0 +1,88 @@
+"""What a finished run says of itself: summary text, comparison with its twin, curves."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from accel.engine.journal import read_journal
+
+logger = logging.getLogger(__name__)
+
+
+def summary_text(summary: dict[str, Any], run_folder: Path) -> str:
+    """The lines shown at the end of a run."""
+    lines = [
+        f"{summary['recipe']}: {summary['iterations']} steps in {summary['wall_s']:.0f} s",
+        f"  val top-1 {summary['val_top1']:.3f}  top-5 {summary['val_top5']:.3f}  "
+        f"mean class {summary['val_mean_class']:.3f}  loss {summary['val_loss']:.3f}  "
+        f"({summary['val_clips']} clips, {summary['num_classes']} classes, "
+        f"chance {1 / summary['num_classes']:.3f})",
+        f"  {summary['clips_per_s']:.1f} clips/s, data wait {100 * summary['data_wait']:.1f} %",
+    ]
+    if summary.get("best_val_top1", summary["val_top1"]) > summary["val_top1"]:
+        lines.append(
+            f"  best val top-1 {summary['best_val_top1']:.3f} ({summary['best_checkpoint']}); "
+            "chosen on the validation set itself"
+        )
+    lines += [f"  {line}" for line in temporal_ablation(run_folder)]
+    lines += [f"  checkpoint {summary['checkpoint']}", f"  curves {run_folder / 'curves.png'}"]
+    return "\n".join(lines)
+
+
+def temporal_ablation(run_folder: Path) -> list[str]:
+    """One line on finished runs beside this one that differ from it in `model.temporal` only."""
+    own = _finished(run_folder)
+    if own is None:
+        return []
+    results = {own[1]: own[2]}
+    for folder in sorted(run_folder.resolve().parent.iterdir()):
+        other = _finished(folder) if folder != run_folder.resolve() else None
+        if other is not None and other[0] == own[0]:
+            results.setdefault(other[1], other[2])
+    if len(results) < 2:
+        return []
+    listed = ", ".join(f"{name} {top1:.3f}" for name, top1 in sorted(results.items()))
+    return [f"val top-1 by temporal module, same recipe otherwise: {listed}"]
+
+
+def _finished(folder: Path) -> tuple[str, str, float] | None:
+    """(recipe without temporal module, temporal module, val top-1) of a finished run, or None."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        temporal = str(recipe["model"].pop("temporal"))
+        for section in ("loader", "checkpoint", "log"):
+            recipe.pop(section)
+        return json.dumps(recipe, sort_keys=True), temporal, float(summary["val_top1"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return None
+
+
+def draw_curves(journal: Path, picture: Path) -> None:
+    """Loss, learning rate and validation accuracy over the iterations, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = read_journal(journal)
+    steps = [row for row in rows if row.get("event") != "eval"]
+    evaluations = [row for row in rows if row.get("event") == "eval"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    iterations = [row["iteration"] for row in steps]
+    left.plot(iterations, [row["loss"] for row in steps], linewidth=0.8, label="train loss")
+    done = [row["iteration"] for row in evaluations]
+    left.plot(done, [row["val_loss"] for row in evaluations], marker="o", label="val loss")
+    left.set(xlabel="iteration", ylabel="cross-entropy, nats")
+    left.legend()
+    right.plot(done, [row["val_top1"] for row in evaluations], marker="o", label="val top-1")
+    right.set(xlabel="iteration", ylabel="top-1", ylim=(0, 1.02))
+    rates = right.twinx()
+    rates.plot(iterations, [row["lr"] for row in steps], color="gray", linewidth=0.8)
+    rates.set_ylabel("learning rate (gray)")
+    right.legend(loc="lower right")
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)

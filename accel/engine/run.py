@@ -1,0 +1,181 @@
+"""The run folder: who owns it, what is in it, where it ran."""
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import torch
+
+from accel.engine.checkpoint import write_atomically
+from accel.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where and how a run executes."""
+
+    seed: int = 0
+    """Seed of everything random, 0..2**32-1."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = cuda when torch sees a GPU."""
+    threads: int = 0
+    """CPU threads of torch; 0 = torch's default. Other thread counts may change the last bits."""
+    deterministic: bool = False
+    """Deterministic algorithms only: equal bits on one device type, world size and versions."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"run.seed: must be in 0..{2**32 - 1}, got {self.seed}.")
+        if self.threads < 0:
+            raise ValueError(
+                f"run.threads: must be >= 0 (0 = torch's default), got {self.threads}."
+            )
+
+
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """The torch device of this process.
+
+    Raises:
+        ConfigError: cuda was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "run.device: cuda was asked for, but torch sees no GPU; check the driver and that "
+            f"torch ({torch.__version__}) is a CUDA build, or use --run.device auto."
+        )
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")
+
+
+class RunFolder:
+    """`recipe.yaml, environment.json, metrics.jsonl, log.txt, summary.json, checkpoints/`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: IO[str] | None = None
+
+    @property
+    def journal(self) -> Path:
+        """One JSON line per optimizer step and evaluation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints and their index."""
+        return self.path / "checkpoints"
+
+    @property
+    def summary(self) -> Path:
+        """Result of a finished run."""
+        return self.path / "summary.json"
+
+    @property
+    def curves(self) -> Path:
+        """Picture of loss, rate and accuracy."""
+        return self.path / "curves.png"
+
+    @property
+    def log(self) -> Path:
+        """The messages of all processes that worked here."""
+        return self.path / "log.txt"
+
+    def acquire(self) -> None:
+        """Create the folder and lock it for this process; the kernel frees the lock of a dead one.
+
+        Raises:
+            ConfigError: another live process works here, or the folder cannot be created.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / ".lock", "a+", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"--out {self.path}: cannot be used as a run folder: {error.strerror}."
+            ) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            owner = lock.read().strip() or "another process"
+            lock.close()
+            raise ConfigError(
+                f"--out {self.path}: in use by {owner}; wait for it or choose another folder."
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.flush()
+        self._lock = lock
+
+    def release(self) -> None:
+        """Give the folder back."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def write_json(self, name: str, values: Any) -> None:
+        """Write one JSON file of the folder, atomically."""
+        write_atomically(self.path / name, (json.dumps(values, indent=1) + "\n").encode())
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write one text file of the folder, atomically."""
+        write_atomically(self.path / name, text.encode())
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, hardware and revision of this run, for results that others can repeat."""
+    packages = (
+        "torch",
+        "numpy",
+        "av",
+        "nvidia-dali-cuda130",
+        "nvidia-dali-cuda120",
+        "nvidia-dali-cuda110",
+    )
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    import kernels._library
+
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor(),
+        "cuda": torch.version.cuda,
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "kernels": kernels._library.REASON or "compiled extension",
+        "revision": _git_revision(),
+        "command": sys.argv,
+    }
+
+
+def _git_revision() -> str | None:
+    """Revision of the checkout this package runs from (+ = changed); None outside a checkout."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()

@@ -1,0 +1,83 @@
+"""Learning-rate factors as pure functions of the iteration: nothing to store but the counter."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Length of the training and the course of the learning rate."""
+
+    epochs: int = 50
+    """Passes over the training set, >= 1."""
+    kind: Literal["constant", "step", "cosine", "onecycle"] = "step"
+    """constant | step (x gamma at milestones) | cosine (by epoch) | onecycle (by iteration)."""
+    milestones: tuple[int, ...] = ()
+    """step: epochs (0-based, increasing) at whose start the rate is multiplied by gamma."""
+    gamma: float = 0.1
+    """step: factor at each milestone, in (0, 1]."""
+    warmup_fraction: float = 0.3
+    """onecycle: share of all iterations spent rising to optim.lr, in (0, 1)."""
+    start_factor: float = 0.04
+    """onecycle: factor of the first iteration, in (0, 1]."""
+    final_factor: float = 0.0001
+    """onecycle: factor of the last iteration, in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"schedule.epochs: must be >= 1, got {self.epochs}.")
+        if list(self.milestones) != sorted(set(self.milestones)) or any(
+            m < 1 for m in self.milestones
+        ):
+            raise ValueError(
+                f"schedule.milestones: must be increasing epochs >= 1, got {list(self.milestones)}."
+            )
+        if self.milestones and self.kind != "step":
+            raise ValueError(
+                f"schedule.milestones: only used by schedule.kind step, got kind {self.kind}."
+            )
+        if self.milestones and self.milestones[-1] >= self.epochs:
+            raise ValueError(
+                f"schedule.milestones: must lie before schedule.epochs = {self.epochs}, "
+                f"got {self.milestones[-1]}."
+            )
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"schedule.gamma: must be in (0, 1], got {self.gamma}.")
+        if not 0 < self.warmup_fraction < 1:
+            raise ValueError(
+                f"schedule.warmup_fraction: must be in (0, 1), got {self.warmup_fraction}."
+            )
+        if not 0 < self.start_factor <= 1:
+            raise ValueError(f"schedule.start_factor: must be in (0, 1], got {self.start_factor}.")
+        if not 0 <= self.final_factor <= 1:
+            raise ValueError(f"schedule.final_factor: must be in [0, 1], got {self.final_factor}.")
+
+
+def lr_factor(config: ScheduleConfig, iteration: int, steps_per_epoch: int) -> float:
+    """Factor on `optim.lr` for one optimizer step.
+
+    constant: 1. step: gamma ** (milestones passed). cosine: (1 + cos(pi * epoch / epochs)) / 2.
+    onecycle: half cosine from start_factor up to 1 at warmup_fraction of all iterations, then half
+    cosine down to final_factor at the last one.
+
+    Args:
+        iteration: 0-based, global.
+        steps_per_epoch: optimizer steps of an epoch, >= 1.
+    """
+    epoch = iteration // steps_per_epoch
+    if config.kind == "constant":
+        return 1.0
+    if config.kind == "step":
+        return config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
+    if config.kind == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * epoch / config.epochs))
+    last = max(config.epochs * steps_per_epoch - 1, 1)
+    peak = config.warmup_fraction * last
+    if iteration < peak:
+        return _half_cosine(config.start_factor, 1.0, iteration / peak)
+    return _half_cosine(1.0, config.final_factor, min((iteration - peak) / (last - peak), 1.0))
+
+
+def _half_cosine(start: float, end: float, position: float) -> float:
+    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * position))

@@ -1,0 +1,132 @@
+"""One optimizer step: micro-batches, autocast, loss scaling, clipping, device-side finite check."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from accel.engine.distributed import World
+from accel.engine.optim import Optimizer
+from accel.engine.precision import Precision
+from accel.engine.seeding import seed_everything
+from accel.engine.timing import Ranges, Stopwatch
+from pipelines.config import DataConfig
+from pipelines.loader import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Batch sizes and an early end."""
+
+    global_batch: int = 64
+    """Clips per optimizer step over all processes; optim.lr is for it."""
+    micro_batch: int = 8
+    """Clips per forward of one process; batch norm sees these. global_batch must be a multiple of
+    micro_batch x processes; the quotient is the number of accumulated micro-batches."""
+    max_steps: int = 0
+    """End after so many optimizer steps although the schedule is longer; 0 = the whole schedule."""
+
+    def __post_init__(self) -> None:
+        if self.micro_batch < 1:
+            raise ValueError(f"train.micro_batch: must be >= 1, got {self.micro_batch}.")
+        if self.global_batch < 1:
+            raise ValueError(f"train.global_batch: must be >= 1, got {self.global_batch}.")
+        if self.max_steps < 0:
+            raise ValueError(
+                f"train.max_steps: must be >= 0 (0 = whole schedule), got {self.max_steps}."
+            )
+
+
+class TrainStep:
+    """Runs optimizer steps on a (possibly wrapped) model. Nothing in it waits for the device."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        precision: Precision,
+        *,
+        data: DataConfig,
+        accumulation: int,
+        clip_norm: float,
+        seed: int,
+        world: World,
+        ranges: Ranges,
+    ) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._precision = precision
+        self._data = data
+        self._accumulation = accumulation
+        self._clip_norm = clip_norm
+        self._seed = seed
+        self._world = world
+        self._ranges = ranges
+        self.data_wait = Stopwatch()
+
+    def __call__(self, batches: Iterator[Batch], iteration: int) -> Tensor:
+        """One step on the next micro-batches.
+
+        Args:
+            batches: this rank's micro-batches, at the right position.
+            iteration: 0-based; with the seed it fixes all random draws of the step (dropout).
+
+        Returns:
+            [3] float32 on the device: mean loss over all clips of the step, total gradient norm
+            before clipping, and 1 where the update was skipped because that norm is not finite.
+        """
+        loss_sum = torch.zeros((), device=self._precision.device)
+        for micro_step in range(self._accumulation):
+            with self._ranges("data wait"), self.data_wait.running():
+                batch = next(batches)
+            last = micro_step == self._accumulation - 1
+            seed_everything(self._seed, "forward", iteration, micro_step, self._world.rank)
+            with self._without_sync(last):
+                loss = self._forward(batch) / self._accumulation
+                with self._ranges("backward"):
+                    self._precision.scaler.scale(loss).backward()
+            loss_sum += loss.detach().float()
+        with self._ranges("optimizer"):
+            norm, skipped = self._update()
+        if self._world.size > 1:
+            self._world.sum_([loss_sum])
+            loss_sum /= self._world.size
+        return torch.stack([loss_sum, norm.float(), skipped])
+
+    def _forward(self, batch: Batch) -> Tensor:
+        with self._ranges("ingest"):
+            frames = self._precision.network_input(batch.clips, self._data.mean, self._data.std)
+        with self._ranges("forward"), self._precision.autocast():
+            logits: Tensor = self._model(frames)
+            return F.cross_entropy(logits.float(), batch.labels)
+
+    def _update(self) -> tuple[Tensor, Tensor]:
+        sgd: Any = self._optimizer.sgd
+        scaler = self._precision.scaler
+        if scaler.is_enabled():
+            scaler.unscale_(sgd)
+        parameters = [p for p in self._optimizer.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        skipped = (~torch.isfinite(norm)).float()
+        if self._clip_norm > 0:
+            nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
+        if scaler.is_enabled():
+            scaler.step(sgd)
+            scaler.update()
+        else:
+            # The fused kernel reads the flag on the device: a non-finite step changes nothing, and
+            # the host learns of it when it reads the step's metrics.
+            sgd.found_inf = skipped
+            sgd.step()
+        sgd.zero_grad(set_to_none=True)
+        return norm, skipped
+
+    def _without_sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Under DDP only the last micro-batch exchanges gradients."""
+        if self._world.size > 1 and not last:
+            return self._model.no_sync()  # type: ignore[operator, no-any-return]
+        return contextlib.nullcontext()

@@ -1,0 +1,250 @@
+"""Optimizer, precision, metrics, journal, stop signals, run folder: each alone."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from accel.engine.journal import Journal, Progress, read_journal, rewind_journal
+from accel.engine.metrics import ClassificationMeter
+from accel.engine.optim import OptimConfig, Optimizer
+from accel.engine.precision import Precision, PrecisionConfig
+from accel.engine.recorder import MAX_SKIPPED_IN_A_ROW, StepRecorder
+from accel.engine.run import RunFolder, environment, resolve_device
+from accel.engine.seeding import derive_seed
+from accel.engine.stop import StopSignals
+from accel.engine.timing import Ranges, Stopwatch
+from accel.errors import ConfigError, DivergedError
+from accel.models import build_model
+
+CPU = torch.device("cpu")
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return build_model("tanet", num_classes=3, num_segments=2, depth=18, width=8, stages=2)
+
+
+def _fill_gradients(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        gradient = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = gradient.contiguous(
+            memory_format=torch.channels_last if gradient.ndim == 4 else torch.contiguous_format
+        )
+
+
+def test_fused_sgd_equals_the_written_out_rule_for_channels_last_weights(model):
+    config = OptimConfig(lr=0.1, momentum=0.9, weight_decay=0.01, groups="tanet_original")
+    optimizer = Optimizer(model, config)
+    expected = {n: p.detach().double().clone() for n, p in model.named_parameters()}
+    velocity = {n: torch.zeros_like(p) for n, p in expected.items()}
+    for step in range(3):
+        optimizer.set_lr(0.5)
+        _fill_gradients(model, step)
+        for group in optimizer.groups:
+            for name, parameter in group.params.items():
+                decay = config.weight_decay * group.decay_mult
+                gradient = parameter.grad.double() + decay * expected[name]
+                velocity[name] = 0.9 * velocity[name] + gradient
+                expected[name] = expected[name] - 0.05 * group.lr_mult * velocity[name]
+        optimizer.sgd.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.double(), expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_flagged_step_changes_neither_weights_nor_momentum(model):
+    optimizer = Optimizer(model, OptimConfig())
+    before = [p.detach().clone() for p in model.parameters()]
+    _fill_gradients(model, 0)
+    optimizer.sgd.found_inf = torch.ones(())
+    optimizer.sgd.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(not buffer.any() for buffer in optimizer.state_dict().values())
+
+
+def test_momentum_round_trip_keeps_layout_and_names(model):
+    optimizer = Optimizer(model, OptimConfig())
+    _fill_gradients(model, 0)
+    optimizer.sgd.step()
+    stored = {name: buffer.clone().contiguous() for name, buffer in optimizer.state_dict().items()}
+    other = Optimizer(model, OptimConfig())
+    other.load_state_dict(stored)
+    for name, buffer in other.state_dict().items():
+        assert torch.equal(buffer, stored[name])
+        assert buffer.stride() == dict(model.named_parameters())[name].stride()
+    with pytest.raises(KeyError):
+        other.load_state_dict({"nothing": torch.zeros(1)})
+
+
+def test_network_input_is_the_published_normalization_in_channels_last():
+    clips = torch.randint(0, 256, (2, 3, 5, 7, 3), dtype=torch.uint8)
+    frames = Precision(PrecisionConfig(), CPU).network_input(clips, MEAN, STD)
+    expected = (clips.flatten(0, 1).permute(0, 3, 1, 2).double() / 255 - torch.tensor(
+        MEAN, dtype=torch.float64
+    ).view(3, 1, 1)) / torch.tensor(STD, dtype=torch.float64).view(3, 1, 1)  # fmt: skip
+    assert frames.shape == (6, 3, 5, 7)
+    assert frames.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(frames.double(), expected, rtol=0, atol=1e-6)
+    half = Precision(PrecisionConfig(mode="bf16"), CPU).network_input(clips, MEAN, STD)
+    assert half.dtype == torch.bfloat16
+    assert half.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_tf32_on_a_cpu_is_refused():
+    with pytest.raises(ConfigError, match="tf32"):
+        Precision(PrecisionConfig(mode="tf32"), CPU)
+
+
+def test_metrics_are_exact_for_any_split_into_batches():
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.standard_normal((101, 12)))
+    labels = torch.from_numpy(rng.integers(0, 11, 101))  # class 11 is predicted, never true
+    whole = ClassificationMeter(12, CPU)
+    whole.update(logits, labels)
+    parts = ClassificationMeter(12, CPU)
+    for part in torch.arange(101).split(7):
+        parts.update(logits[part], labels[part])
+    predicted = logits.argmax(1)
+    scores = whole.compute()
+    assert scores.top1 == parts.compute().top1 == float((predicted == labels).double().mean())
+    ranks = (logits > logits[torch.arange(101), labels][:, None]).sum(1)
+    assert scores.top5 == float((ranks < 5).double().mean())
+    assert scores.num_clips == 101
+    recalls = [
+        float((predicted[labels == k] == k).double().mean()) if (labels == k).any() else 0.0
+        for k in range(12)
+        if (labels == k).any() or (predicted == k).any()
+    ]
+    assert scores.mean_class == pytest.approx(np.mean(recalls), rel=1e-12)
+    assert scores.loss == pytest.approx(
+        float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-12
+    )
+
+
+def test_journal_lines_and_rewinding(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    journal = Journal(path)
+    for iteration in range(4):
+        journal.step(iteration=iteration, loss=float(iteration))
+    journal.evaluation(iteration=2, val_top1=0.5)
+    journal.evaluation(iteration=4, val_top1=0.75)
+    journal.close()
+    with path.open("a") as file:
+        file.write('{"iteration": 4, "lo')  # a crash in the middle of a line
+    assert len(read_journal(path)) == 6
+    rewind_journal(path, iteration=3, evaluated=2)
+    rows = read_journal(path)
+    assert [row["iteration"] for row in rows if "event" not in row] == [0, 1, 2]
+    assert [row["iteration"] for row in rows if row.get("event") == "eval"] == [2]
+    assert path.read_text().endswith("\n")
+
+
+class _Terminal:
+    def __init__(self, tty):
+        self.tty, self.text = tty, ""
+
+    def isatty(self):
+        return self.tty
+
+    def fileno(self):
+        raise OSError
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+@pytest.mark.parametrize("tty", [True, False])
+def test_progress_line_shows_rate_wait_and_eta(tty):
+    stream = _Terminal(tty)
+    progress = Progress(100, 10.0, stream)
+    progress.show(done=10, epoch=0, loss=1.0, clips_per_s=50.0, data_wait=0.25, step_s=2.0)
+    progress.show(done=11, epoch=0, loss=1.0, clips_per_s=50.0, data_wait=0.25, step_s=2.0)
+    progress.clear()
+    assert "step 10/100" in stream.text
+    assert "50.0 clips/s  data wait 25 %  ETA 3:00" in stream.text
+    assert "step 11/100" not in stream.text  # within the interval
+    assert ("\r" in stream.text) == tty
+
+
+def _recorder(mode="fp32"):
+    scaler = Precision(PrecisionConfig(mode=mode), CPU).scaler
+    return StepRecorder(None, Progress(9, 1.0, _Terminal(False)), scaler, global_batch=4)
+
+
+def _facts(iteration):
+    return {"iteration": iteration, "epoch": 0, "lr": 0.1}
+
+
+@pytest.mark.parametrize("metrics", [[float("nan"), 1, 0], [1, float("inf"), 1]])
+def test_a_non_finite_step_ends_the_run(metrics):
+    recorder = _recorder()
+    recorder.add(_facts(3), torch.tensor(metrics), step_s=1, wait_s=0)
+    with pytest.raises(DivergedError, match="iteration 3"):
+        recorder.flush()
+
+
+def test_fp16_may_skip_but_not_for_ever():
+    recorder = _recorder("fp16")
+    for iteration in range(MAX_SKIPPED_IN_A_ROW - 1):
+        recorder.add(_facts(iteration), torch.tensor([1, float("inf"), 1]), step_s=1, wait_s=0)
+    recorder.flush()
+    recorder.add(_facts(99), torch.tensor([1, float("inf"), 1]), step_s=1, wait_s=0.5)
+    with pytest.raises(DivergedError, match="skipped steps in a row"):
+        recorder.flush()
+    assert recorder.rates()["clips_per_s"] == 4.0
+
+
+def test_stop_signals_set_a_flag_and_handlers_come_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals() as stop:
+        assert stop.received is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_folder_has_one_owner(tmp_path):
+    first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    first.acquire()
+    with pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"):
+        second.acquire()
+    first.release()
+    second.acquire()
+    second.release()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be used as a run folder"):
+        RunFolder(tmp_path / "file").acquire()
+
+
+def test_environment_is_plain_data():
+    facts = environment(resolve_device("cpu"))
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["versions"]["torch"].startswith("2.")
+
+
+def test_seeds_differ_by_purpose_and_counter():
+    seeds = {derive_seed(0, p, i) for p in ("model", "forward") for i in range(50)}
+    assert len(seeds) == 100
+    assert derive_seed(0, "forward", 3) == derive_seed(0, "forward", 3)
+
+
+def test_ranges_cost_nothing_when_off_and_work_when_on():
+    off = Ranges(False)
+    assert off("a") is off("b")
+    with Ranges(True)("a"):
+        pass
+    watch = Stopwatch()
+    with watch.running():
+        pass
+    assert watch.total_s > 0
