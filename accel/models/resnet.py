@@ -142,9 +142,6 @@ class ResNet(nn.Module):
             raise ValueError(f"ResNet: depth must be one of {[*BLOCKS_PER_STAGE]}, got {depth}.")
         if not 1 <= stages <= 4:
             raise ValueError(f"ResNet: stages must be in 1..4, got {stages}.")
-        self._block: type[BasicBlock] | type[Bottleneck]
-        self._block = BasicBlock if depth < 50 else Bottleneck
-        self._temporal = temporal
         small = stem == "small"
         kernel = 3 if small else 7
         self.conv1 = nn.Conv2d(3, width, kernel, stride=2, padding=kernel // 2, bias=False)
@@ -152,35 +149,32 @@ class ResNet(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, stride=2, padding=1)
 
+        block: type[BasicBlock] | type[Bottleneck] = BasicBlock if depth < 50 else Bottleneck
         inplanes = width
         self.stage_names = tuple(f"layer{i + 1}" for i in range(stages))
         for i, name in enumerate(self.stage_names):
             planes = width * 2**i
-            self.add_module(name, self._stage(inplanes, planes, BLOCKS_PER_STAGE[depth][i], i))
-            inplanes = planes * self._block.expansion
+            outplanes = planes * block.expansion
+            blocks = []
+            for j in range(BLOCKS_PER_STAGE[depth][i]):
+                stride = 2 if i > 0 and j == 0 else 1
+                blocks.append(
+                    block(
+                        inplanes,
+                        planes,
+                        stride=stride,
+                        downsample=stride != 1 or inplanes != outplanes,
+                        temporal=temporal(planes) if temporal else None,
+                    )
+                )
+                inplanes = outplanes
+            self.add_module(name, nn.Sequential(*blocks))
         self.out_channels = inplanes
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
-
-    def _stage(self, inplanes: int, planes: int, num_blocks: int, index: int) -> nn.Sequential:
-        blocks = []
-        for i in range(num_blocks):
-            stride = 2 if index > 0 and i == 0 else 1
-            outplanes = planes * self._block.expansion
-            blocks.append(
-                self._block(
-                    inplanes,
-                    planes,
-                    stride=stride,
-                    downsample=stride != 1 or inplanes != outplanes,
-                    temporal=self._temporal(planes) if self._temporal else None,
-                )
-            )
-            inplanes = outplanes
-        return nn.Sequential(*blocks)
 
     def forward(self, frames: Tensor) -> Tensor:
         """Feature map of the last stage; the submodules `maxpool`, `layer1`.. give the others.

@@ -8,6 +8,7 @@ harmless classes; there is no second, looser attempt.
 import argparse
 import logging
 import pickle
+import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,19 +84,19 @@ def load_foreign(path: Path | str) -> Any:
     try:
         with torch.serialization.safe_globals(_ALLOWED):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            path,
-            "refused, because it holds objects other than tensors and plain data, which may run "
-            "code when read. Ask for a file with the state dict alone. torch says: "
-            + str(error).split("\n\n")[0].replace("\n", " ").strip(),
-        ) from error
-    except Exception as error:  # any failure of torch's readers on a damaged or crafted file
-        raise CheckpointError(
-            path,
-            f"cannot be read ({type(error).__name__}: {str(error).splitlines()[:1]}); "
-            "the file is damaged or truncated. Fetch it again.",
-        ) from error
+    except Exception as error:  # torch's readers raise anything on a damaged or crafted file
+        # torch's text is not repeated: it advises to read the file again without protection.
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused:
+            problem = (
+                f"refused, because it holds the Python object {refused[1]}, which may run code "
+                "when read. Ask for a file with the state dict alone."
+            )
+        else:
+            problem = (
+                f"is damaged or truncated ({type(error).__name__} on reading); fetch it again."
+            )
+        raise CheckpointError(path, problem) from error
 
 
 def _check_file(path: Path) -> None:
@@ -165,16 +166,27 @@ def read_state_dict(path: Path | str) -> dict[str, Tensor]:
             break
     if not isinstance(state, dict) or not state:
         raise CheckpointError(path, f"holds no state dict but a {type(state).__name__}.")
-    wrong = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    wrong = [str(name) for name, value in state.items() if not _is_plain(value)]
     if wrong:
         raise CheckpointError(
-            path, f"holds no state dict: entries that are not tensors: {', '.join(wrong)}."
+            path, f"holds no state dict: entries that are not plain tensors: {', '.join(wrong)}."
         )
     state = {str(name).removeprefix("module."): value for name, value in state.items()}
     bad = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
     if bad:
         raise CheckpointError(path, f"has values that are not finite in {', '.join(bad)}.")
     return state
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a dense CPU tensor that stores all its elements (none shared by stride 0)."""
+    return (
+        isinstance(value, Tensor)
+        and value.device.type == "cpu"
+        and value.layout == torch.strided
+        and not value.is_quantized
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
 
 
 def recognize_layout(names: list[str]) -> Layout | None:

@@ -105,13 +105,11 @@ def test_imagenet_fills_the_trunk_alone(path):
 def test_build_model_starts_from_a_file(path):
     source = _model(num_classes=7)
     torch.save(source.state_dict(), path)
-    model = _model(pretrained=str(path), num_classes=7, seed=1)
-    same = build_model(
+    model = build_model(
         "tanet", width=8, stages=2, num_classes=5, num_segments=2, pretrained=str(path)
     )
-    assert model.num_classes == 7
-    assert same.num_classes == 5
-    assert torch.equal(same.trunk.conv1.weight, source.trunk.conv1.weight)
+    assert model.num_classes == 5
+    assert torch.equal(model.trunk.conv1.weight, source.trunk.conv1.weight)
 
 
 def test_missing_batch_counters_are_accepted(path):
@@ -239,14 +237,18 @@ class _Malicious:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("function", [os.system, eval])
-def test_code_in_a_pickle_is_refused_and_not_run(path, tmp_path, function, legacy):
+@pytest.mark.parametrize(
+    ("function", "argument", "name"),
+    [(os.system, "touch {}", "posix.system"), (eval, "open('{}', 'w')", "eval")],
+)
+def test_code_in_a_pickle_is_refused_and_not_run(path, tmp_path, function, argument, name, legacy):
     canary = tmp_path / "canary"
-    argument = {os.system: f"touch {canary}", eval: f"open({str(canary)!r}, 'w')"}[function]
+    argument = argument.format(canary)
     content = {"state_dict": {"x": torch.zeros(1)}, "extra": _Malicious(function, argument)}
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(CheckpointError, match="refused"):
+    with pytest.raises(CheckpointError, match=f"refused.*{name}") as error:
         import_weights(_model(), path)
+    assert "weights_only" not in str(error.value)  # no advice to read it unprotected
     assert not canary.exists()
 
 
@@ -273,7 +275,9 @@ def test_compressed_members_are_refused(path):
     [
         ([1, 2], "holds no state dict but a list"),
         ({}, "holds no state dict"),
-        ({"epoch": 3}, "not tensors: epoch"),
+        ({"epoch": 3}, "not plain tensors: epoch"),
+        ({"x": torch.zeros(1).expand(1 << 40)}, "not plain tensors: x"),
+        ({"x": torch.eye(2).to_sparse()}, "not plain tensors: x"),
         ({"x": torch.tensor([1.0, float("nan")])}, "not finite in x"),
         ({"x": torch.zeros(1)}, "no known layout"),
     ],

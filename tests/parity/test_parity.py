@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +169,22 @@ def test_runner_fails_without_cases(tmp_path, capsys):
     assert "no case found" in capsys.readouterr().out
     assert run_cases.main([str(tmp_path / "missing")]) == 1
     assert "no such folder" in capsys.readouterr().out
+
+
+def test_runner_as_a_script(tmp_path):
+    command = [
+        HERE / "run_cases.py",
+        TAM_CASE.parent,
+        "-k",
+        TAM_CASE.stem,
+        "--kernels",
+        "reference",
+    ]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("1 passed, 0 failed\n")
 
 
 def test_runner_reads_sampled_records_and_gradient_norms(case):
