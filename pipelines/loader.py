@@ -315,9 +315,9 @@ class _State:
         self.decoder: _Decoder | None = None
 
     def stop(self) -> None:
-        if self.run is not None:
-            self.run.stop()
-            self.run = None
+        if self.run is not None and not self.run.stop():
+            self.decoder = None
+        self.run = None
 
     def release(self) -> None:
         self.stop()

@@ -13,9 +13,10 @@ from pipelines.errors import DataError
 from pipelines.source import Sample
 
 _LOG = logging.getLogger(__name__)
+JOIN_TIMEOUT_S = 10.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """One micro-batch."""
 
@@ -93,10 +94,12 @@ class Prefetcher:
             "Check the storage, or raise --loader.timeout_s."
         )
 
-    def stop(self) -> None:
-        """End the thread; a decoder that hangs is left behind after a short wait."""
+    def stop(self) -> bool:
+        """End the thread; False = it hangs in the decoder, which must not be used again."""
         self._stop.set()
         if self._thread is not threading.current_thread():
-            self._thread.join(timeout=5.0)
+            self._thread.join(timeout=JOIN_TIMEOUT_S)
         if self._thread.is_alive():
-            _LOG.warning("the decoding thread does not end")
+            _LOG.warning("the decoding thread does not end; it is left behind")
+            return False
+        return True

@@ -3,10 +3,11 @@
 Every clip shows its own "dead leaves" image (overlapping shaded discs, ellipses and boxes with a
 power law of sizes) through a moving virtual camera. Position, orientation and scale of the camera
 at mid-clip are drawn from one distribution for all classes, and a motion runs symmetrically about
-mid-clip, so a single frame does not tell the class: what a network scores above chance, it has
-from the order of the frames.
+mid-clip, so a single frame does not tell the class. Each motion's reverse is a class too, with the
+same frames in the opposite order: without their order a network cannot tell the two apart.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -47,6 +48,7 @@ _VERSION = 1  # raise when the same parameters give other pixels
 _FRAME_PX = 80
 _TEXTURE_PX = 320
 _MIN_FRAMES, _MAX_FRAMES = 18, 24
+_MIN_CLIPS_FOR_PROCESSES = 64
 _SPLITS = ("train", "val")
 
 
@@ -98,6 +100,12 @@ def _write_set(folder: Path, seed: int, sizes: dict[str, int], progress: bool) -
     (folder / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES), encoding="utf-8")
 
     _LOG.info("motion8: writing %d clips to %s", len(jobs), folder.parent)
+    hidden = not progress or not sys.stderr.isatty()
+    bar = functools.partial(tqdm, total=len(jobs), desc="motion8", unit="clip", disable=hidden)
+    if len(jobs) < _MIN_CLIPS_FOR_PROCESSES:
+        for job in bar(jobs):
+            _write_clip(job)
+        return
     affinity = getattr(os, "sched_getaffinity", None)
     workers = min(8, len(affinity(0)) if affinity else os.cpu_count() or 1)
     # spawn: a fork of a process with threads (torch, DALI) may deadlock.
@@ -106,9 +114,7 @@ def _write_set(folder: Path, seed: int, sizes: dict[str, int], progress: bool) -
         workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
         try:
-            done = pool.map(_write_clip, jobs, chunksize=8)
-            hidden = not progress or not sys.stderr.isatty()
-            for _ in tqdm(done, total=len(jobs), desc="motion8", unit="clip", disable=hidden):
+            for _ in bar(pool.map(_write_clip, jobs, chunksize=8)):
                 pass
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -202,7 +208,8 @@ def write_vp9(path: Path, frames: npt.NDArray[np.uint8], *, fps: int = 12) -> No
     import av
 
     options = {"deadline": "realtime", "cpu-used": "8", "crf": "18", "b": "0", "threads": "1"}
-    with av.open(str(path), "w", format="webm") as container:
+    bitexact = {"fflags": "+bitexact"}  # no random identifiers
+    with av.open(str(path), "w", format="webm", options=bitexact) as container:
         stream: Any = container.add_stream("libvpx-vp9", rate=fps, options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"

@@ -1,0 +1,175 @@
+"""The media index: what is in a file, which files are refused and how, and the cache."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipelines import media
+from pipelines.errors import DataError, MediaError
+from pipelines.media import index_videos, probe
+
+MakeVideo = Callable[..., Path]
+HMDB = Path(__file__).parents[1] / "data" / "hmdb51"
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("a.webm", "libvpx-vp9", {}),
+        ("a.webm", "libvpx", {}),
+        ("a.mkv", "libvpx", {"auto-alt-ref": "1", "lag-in-frames": "16", "crf": "30"}),
+        ("a.mp4", "libx264", {"g": "5", "bf": "2"}),
+        ("a.avi", "mjpeg", {}),
+        ("a.avi", "mpeg4", {"bf": "2"}),
+    ],
+)
+def test_frames_are_counted(
+    make_video: MakeVideo, name: str, codec: str, options: dict[str, str]
+) -> None:
+    pixel_format = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    path = make_video(name, codec=codec, num_frames=21, options=options, pixel_format=pixel_format)
+    info = probe(path)
+    assert (info.num_frames, info.width, info.height) == (21, 96, 64)
+    assert info.pts is None or (len(info.pts) == 21 and 0 in info.keyframes)
+    decodable = {"libvpx-vp9", "libvpx", "mjpeg"}
+    assert (info.dali_cpu_problem is None) == (codec in decodable and info.pts is not None)
+
+
+def test_packed_b_frames_are_counted_by_decoding() -> None:
+    info = probe(next(HMDB.glob("*TrumanShow*.avi")))
+    assert info.num_frames == 48 and info.pts is None  # 49 packets, as many as the header declares
+
+
+def half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def overwrite_middle(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 8000] = np.random.default_rng(0).bytes(8000)
+    path.write_bytes(content)
+
+
+def audio_only(path: Path) -> None:
+    with av.open(str(path), "w", format="webm") as container:
+        stream = container.add_stream("libopus", rate=48000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4800), np.int16), "s16", "mono")
+        frame.rate, frame.pts = 48000, 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "damage", "part"),
+    [
+        ("*.webm", Path.unlink, "No such file"),
+        ("*.webm", lambda path: (path.unlink(), path.mkdir()), "got a folder"),
+        ("*.webm", lambda path: path.write_bytes(b""), "empty"),
+        ("*.webm", lambda path: path.write_text("plain text, no video " * 50), "cannot open it"),
+        ("*.mp4", lambda path: path.write_text("<!DOCTYPE html><html>404</html>"), "web page"),
+        ("*.mp4", lambda path: path.write_text("version https://git-lfs.github.com/"), "LFS"),
+        ("*.mp4", lambda path: path.write_text("#EXTM3U\n#EXTINF:1,\nother.mp4\n"), "video file"),
+        ("*.mp4", lambda path: path.write_bytes(bytes(range(256)) * 20), "video file"),
+        ("*.webm", audio_only, "audio only"),
+        ("*.webm", half, "header declares"),
+        ("*.mp4", half, "header declares"),
+        ("*.avi", half, "header declares"),
+        ("*.webm", overwrite_middle, "damaged"),
+        ("*.mp4", lambda path: path.write_bytes(path.read_bytes()[:40]), "damaged"),
+    ],
+)
+def test_unusable_files_are_refused(
+    tmp_path: Path, pattern: str, damage: Callable[[Path], object], part: str
+) -> None:
+    path = tmp_path / f"clip{pattern[1:]}"
+    shutil.copy(sorted(HMDB.glob(pattern))[0], path)
+    damage(path)
+    with pytest.raises(MediaError) as caught:
+        probe(path)
+    assert str(caught.value).startswith(f"{path}: ") and part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_mp4_without_its_index_is_refused(make_video: MakeVideo) -> None:
+    path = make_video("a.mp4", codec="libx264")
+    content = path.read_bytes()
+    path.write_bytes(content[: content.index(b"moov") - 4])
+    with pytest.raises(MediaError, match="'moov'"):
+        probe(path)
+
+
+def test_index_is_cached_by_size_and_time(
+    make_video: MakeVideo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [make_video(f"{k}.webm", num_frames=10 + k) for k in range(3)]
+    paths.append(paths[0])
+    cache = tmp_path / "cache"
+    first = index_videos(paths, cache_dir=cache, threads=2)
+    assert [info.num_frames for info in first] == [10, 11, 12, 10]
+
+    probed = []
+    monkeypatch.setattr(media, "probe", lambda path: probed.append(path) or probe(path))
+    assert index_videos(paths, cache_dir=cache, threads=2) == first
+    assert probed == []
+    make_video("1.webm", num_frames=15)
+    changed = index_videos(paths, cache_dir=cache, threads=2)
+    assert probed == [paths[1]] and changed[1].num_frames == 15
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 1, "entries": {"x": {}}}', "\0"])
+def test_damaged_cache_is_rebuilt(
+    make_video: MakeVideo, tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    cache = tmp_path / "cache"
+    paths = [make_video("a.mp4", codec="libx264", times=[0, 1, 2, 5, 9], num_frames=5)]
+    first = index_videos(paths, cache_dir=cache, threads=1)
+    (file,) = cache.rglob("*.json")
+    file.write_text(content)
+    with caplog.at_level(logging.WARNING):
+        assert index_videos(paths, cache_dir=cache, threads=1) == first
+    assert "unreadable media index" in caplog.text
+    assert index_videos(paths, cache_dir=cache, threads=1) == first
+    assert not list(cache.rglob("*.tmp-*"))
+
+
+def test_several_failures_are_one_message(make_video: MakeVideo, tmp_path: Path) -> None:
+    paths = [make_video("good.webm")] + [tmp_path / f"{k}.webm" for k in range(5)]
+    with pytest.raises(MediaError, match=r"0\.webm"):
+        index_videos(paths[:2], cache_dir=tmp_path, threads=2)
+    with pytest.raises(
+        DataError, match=r"5 of 6 videos cannot be used: .*0\.webm.*2\.webm.*\.\.\."
+    ):
+        index_videos(paths, cache_dir=tmp_path, threads=2)
+
+
+@pytest.mark.parametrize("pattern", ["*.webm", "*.mp4", "*.avi"])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_damaged_files_are_indexed_or_refused(
+    tmp_path: Path, pattern: str, data: st.DataObject
+) -> None:
+    """Any edit of a real file: a MediaError, or an index whose frames can be asked for."""
+    original = sorted(HMDB.glob(pattern))[-1].read_bytes()
+    content = bytearray(original[: data.draw(st.sampled_from([len(original), 5000, 300, 20]))])
+    for _ in range(data.draw(st.integers(0, 4))):
+        start = data.draw(st.integers(0, min(len(content) - 1, 4000)))
+        content[start : start + 8] = data.draw(st.binary(max_size=16))
+    path = tmp_path / f"clip{pattern[1:]}"
+    path.write_bytes(content)
+    try:
+        info = probe(path)
+    except MediaError as error:
+        assert str(path) in str(error)
+        return
+    assert info.num_frames >= 1 and info.width > 0 and info.height > 0
+    assert info.pts is None or len(info.pts) == info.num_frames
