@@ -2,18 +2,33 @@
 
 import contextlib
 import fcntl
+import logging
 import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipelines.errors import DataError
+
+_LOG = logging.getLogger(__name__)
+
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on a file, made if need be; a dead process holds none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = path.open("a")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError(
+            f"{path.parent}: the cache folder cannot be written: {reason}; pass --data.cache_dir."
+        ) from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:  # some network file systems: processes then do the work twice
+            _LOG.warning("%s: no file locks here (%s)", path, error)
         yield
 
 

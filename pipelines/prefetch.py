@@ -13,7 +13,7 @@ from pipelines.errors import DataError
 from pipelines.source import Sample
 
 _LOG = logging.getLogger(__name__)
-JOIN_TIMEOUT_S = 10.0
+JOIN_TIMEOUT_S = 10.0  # longest wait for a thread that is to end
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,10 +96,9 @@ class Prefetcher:
 
     def stop(self) -> bool:
         """End the thread; False = it hangs in the decoder, which must not be used again."""
-        self._stop.set()
-        if self._thread is not threading.current_thread():
+        if not self._stop.is_set():
+            self._stop.set()
             self._thread.join(timeout=JOIN_TIMEOUT_S)
-        if self._thread.is_alive():
-            _LOG.warning("the decoding thread does not end; it is left behind")
-            return False
-        return True
+            if self._thread.is_alive():
+                _LOG.warning("the decoding thread does not end; it is left behind")
+        return not self._thread.is_alive()

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from pipelines.cache import locked
+from pipelines.errors import DataError
 
 _LOG = logging.getLogger(__name__)
 
@@ -83,6 +84,8 @@ def generate_motion8(
         try:
             _write_set(partial, seed, {"train": num_train, "val": num_val}, progress)
             partial.rename(root)
+        except OSError as error:
+            raise DataError(f"{root}: the set cannot be written: {error}.") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return root

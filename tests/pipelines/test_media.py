@@ -173,3 +173,9 @@ def test_damaged_files_are_indexed_or_refused(
         return
     assert info.num_frames >= 1 and info.width > 0 and info.height > 0
     assert info.pts is None or len(info.pts) == info.num_frames
+
+
+def test_cache_folder_that_cannot_be_written(make_video: MakeVideo, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"cache folder cannot be written.*--data\.cache_dir"):
+        index_videos([make_video("a.webm")], cache_dir=tmp_path / "file", threads=1)
