@@ -1,5 +1,5 @@
-// Operators of the namespace accel_kernels: schemas, argument checks, allocation, dispatch. The only
-// file that includes torch. A pure library: it is loaded with torch.ops.load_library, not imported.
+// Operators of the namespace accel_kernels: schemas, argument checks, allocation, dispatch. The
+// only file that includes torch. Loaded with torch.ops.load_library, never imported.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -16,11 +16,13 @@
 #include <c10/cuda/CUDAStream.h>
 #endif
 
+#include <algorithm>
 #include <array>
 #include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "cuda/temporal_taps.h"
 
@@ -67,10 +69,12 @@ void check_coefficient(const char* op, const char* name, const Tensor& tensor, c
                     tensor.strides(), " for shape ", tensor.sizes(), ".");
 }
 
-// Runs body(begin, end) over work units on ATen's threads.
+// Runs body(begin, end) over work units on ATen's threads, as many as `elements` are worth.
 template <typename Body>
-void for_units(int64_t units, const Body& body) {
-  at::parallel_for(0, units, /*grain_size=*/1, body);
+void for_units(int64_t units, int64_t elements, const Body& body) {
+  constexpr int64_t kElementsPerThread = 32768;  // below, waking a thread costs more than it saves
+  const int64_t grain_size = std::max<int64_t>(units * kElementsPerThread / elements, 1);
+  at::parallel_for(0, units, grain_size, body);
 }
 
 // Runs one of the two implementations on the device that holds x.
@@ -131,7 +135,7 @@ void run_forward(const char* op, const Tensor& x, const TemporalTapsForward& par
   run_on_device(
       op, x,
       [&] {
-        for_units(temporal_taps_fwd_units_cpp(params), [&](int64_t begin, int64_t end) {
+        for_units(temporal_taps_fwd_units_cpp(params), x.numel(), [&](int64_t begin, int64_t end) {
           temporal_taps_fwd_cpp(params, begin, end);
         });
       },
@@ -209,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor> temporal_taps_backward(
   run_on_device(
       op, grad,
       [&] {
-        for_units(units.count, [&](int64_t begin, int64_t end) {
+        for_units(units.count, grad.numel(), [&](int64_t begin, int64_t end) {
           temporal_taps_bwd_cpp(params, begin, end);
         });
         temporal_taps_bwd_finish_cpp(params);
@@ -234,11 +238,11 @@ bool has_cuda() {
 }  // namespace
 }  // namespace accel_kernels
 
-// The strides that eager mode would pass are the ones the layout checks accept.
 TORCH_LIBRARY(accel_kernels, m) {
   m.def("built_for() -> str", &accel_kernels::built_for);
   m.def("has_cuda() -> bool", &accel_kernels::has_cuda);
 
+  // Compilers must pass the strides that eager mode would: the layout checks accept no others.
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag, at::Tag::needs_exact_strides};
   m.def("temporal_taps(Tensor x, Tensor w, Tensor? a, int num_segments) -> Tensor", tags);
   m.def(

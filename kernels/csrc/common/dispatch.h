@@ -1,4 +1,4 @@
-// Scalar types as the operators see them, and the switch from a run-time type to a template argument.
+// Scalar types as the operators see them, and the switch from a run-time type to a template one.
 
 #pragma once
 

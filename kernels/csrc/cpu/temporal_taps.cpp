@@ -15,8 +15,8 @@ namespace {
 
 constexpr int kForwardPixels = 64;  // of one forward work unit: long enough to reuse the taps
 
-// The loops run over the frames of a run of neighbouring pixels, not of one pixel: rows of different
-// frames are often a multiple of 4096 bytes apart and would evict each other from the L1 cache.
+// The loops run over the frames of a run of neighbouring pixels, not of one pixel: frames are often
+// a multiple of 4096 bytes apart, so that the rows of one pixel evict each other from the L1 cache.
 constexpr int kRunElements = 1024;
 
 int pixels_per_run(int channels) { return std::max(kRunElements / channels, 1); }

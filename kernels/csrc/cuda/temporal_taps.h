@@ -1,4 +1,4 @@
-// temporal_taps: what the bindings, the C++ twin and the CUDA kernels share. No torch, no CUDA types.
+// temporal_taps: what the bindings, the C++ twin and the CUDA kernels share. Needs no toolkit.
 
 #pragma once
 
@@ -7,16 +7,16 @@
 #include "common/dispatch.h"
 
 struct CUstream_st;
-using cudaStream_t = CUstream_st*;  // the same declaration as CUDA's, so C++ files need no toolkit
+using cudaStream_t = CUstream_st*;  // the same declaration as CUDA's own
 
 namespace accel_kernels {
 
 // Sizes and coefficients. Activations lie as [N, T, P, C] (channels_last with P = H*W), C fastest.
 struct TemporalTapsShape {
-  DType dtype;  // of activations; w, a and their gradients are double for kDouble, else float
-  int batch;    // N
-  int frames;   // T
-  int pixels;   // P
+  DType dtype;       // of activations; w, a and their gradients: double for kDouble, else float
+  int batch;         // N
+  int frames;        // T
+  int pixels;        // P
   int channels;      // C
   int w_per_sample;  // 1: w is [N, C, 3], 0: w is [C, 3]
   const void* w;

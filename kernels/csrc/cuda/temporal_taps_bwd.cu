@@ -21,10 +21,10 @@ struct BackwardTraits {
                 "the sums of all warps must fit in static shared memory");
 };
 
-// One block computes, for one clip, 8 frames, kChannels channels and pixels_per_unit pixels: dx, and
-// one row of partial sums of dw and da. A warp reads 32 lanes x 2 channels of one pixel (128 bytes
-// in fp16); the 8 warps take the pixels in turn. Bytes per element: reads x and grad once (grad 10/8
-// times if T > 8, mostly from L2), writes dx once.
+// One block computes, for 8 frames of one clip, kChannels channels and pixels_per_unit pixels: dx,
+// and one row of partial sums of dw and da. A warp reads 32 lanes x 2 channels of one pixel (128
+// bytes in fp16); the 8 warps take the pixels in turn. Bytes per element: reads x and grad once
+// (grad 10/8 times if T > 8, mostly from L2), writes dx once.
 // Two channels a lane, not eight as in the forward: 11 sums per channel have to stay in registers
 // (22 here), and 18 loads of 4 bytes in flight per thread still make 18 KB a block.
 template <typename Traits>
