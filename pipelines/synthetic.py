@@ -45,7 +45,7 @@ CLASSES = (
 )
 """Class names; the position is the label. Alphabetical, as class folders are ordered."""
 
-_VERSION = 1  # raise when the same parameters give other pixels
+_VERSION = 2  # raise when the same parameters give other pixels
 _FRAME_PX = 80
 _TEXTURE_PX = 320
 _MIN_FRAMES, _MAX_FRAMES = 18, 24
@@ -184,25 +184,29 @@ def dead_leaves(side_px: int, rng: np.random.Generator) -> npt.NDArray[np.float3
     # Inverse of the distribution function of r^-3 on [r_min, r_max].
     u = rng.random(num_leaves)
     radii = (r_min**-2 - u * (r_min**-2 - r_max**-2)) ** -0.5
-    for radius in radii:
-        cx, cy = rng.uniform(0, side_px, size=2)
-        a, b = radius, radius * rng.uniform(0.4, 1.0)
-        x0, x1 = max(0, int(cx - 1.5 * radius)), min(side_px, int(cx + 1.5 * radius) + 2)
-        y0, y1 = max(0, int(cy - 1.5 * radius)), min(side_px, int(cy + 1.5 * radius) + 2)
-        x = np.arange(x0, x1, dtype=np.float32)[None, :] + np.float32(0.5 - cx)
-        y = np.arange(y0, y1, dtype=np.float32)[:, None] + np.float32(0.5 - cy)
-        angle = rng.uniform(0, 2 * math.pi)
-        cos, sin = np.float32(math.cos(angle)), np.float32(math.sin(angle))
+    for a in radii.tolist():  # Python floats keep the arrays in float32
+        b = a * float(rng.uniform(0.4, 1.0))
+        cx, cy = rng.uniform(0, side_px, size=2).tolist()
+        angle, ellipse = float(rng.uniform(0, 2 * math.pi)), bool(rng.random() < 0.6)
+        color = rng.uniform(0.05, 0.95, size=3).astype(np.float32)
+        slope = float(rng.uniform(-0.35, 0.35)) / a
+        cos, sin = math.cos(angle), math.sin(angle)
+        if ellipse:
+            half_x, half_y = math.hypot(a * cos, b * sin), math.hypot(a * sin, b * cos)
+        else:
+            half_x, half_y = abs(a * cos) + abs(b * sin), abs(a * sin) + abs(b * cos)
+        x0, x1 = max(0, int(cx - half_x - 1)), min(side_px, int(cx + half_x + 2))
+        y0, y1 = max(0, int(cy - half_y - 1)), min(side_px, int(cy + half_y + 2))
+        x = np.arange(x0, x1, dtype=np.float32)[None, :] + (0.5 - cx)
+        y = np.arange(y0, y1, dtype=np.float32)[:, None] + (0.5 - cy)
         along, across = cos * x + sin * y, cos * y - sin * x
-        if rng.random() < 0.6:
+        if ellipse:
             outside = (np.hypot(along / a, across / b) - 1) * b
         else:
             outside = np.maximum(np.abs(along) - a, np.abs(across) - b)
         mask = np.clip(0.5 - outside, 0, 1)[..., None]  # one pixel of soft edge
-        slope = rng.uniform(-0.35, 0.35) / radius
-        leaf = rng.uniform(0.05, 0.95, size=3) + slope * along[..., None]
         patch = image[y0:y1, x0:x1]
-        patch += mask * (leaf.astype(np.float32) - patch)
+        patch += mask * (color + slope * along[..., None] - patch)
     return np.clip(image, 0, 1)
 
 
