@@ -2,11 +2,8 @@
 
 import os
 import warnings
-from typing import Literal
 
 import torch
-
-Backend = Literal["auto", "cuda", "cpp", "reference"]
 
 ENVIRONMENT_VARIABLE = "ACCEL_KERNELS"
 _DEVICE_OF = {"cuda": "cuda", "cpp": "cpu"}

@@ -23,8 +23,10 @@ REGISTERS_TOLERATED = 16  # more than in the table: compilers differ, mistakes d
 
 # What torch's extension builder adds: no implicit conversion or operator of the 16-bit types.
 TORCH_FLAGS = [
-    *("-D__CUDA_NO_HALF_OPERATORS__", "-D__CUDA_NO_HALF_CONVERSIONS__"),
-    *("-D__CUDA_NO_BFLOAT16_CONVERSIONS__", "-D__CUDA_NO_HALF2_OPERATORS__"),
+    "-D__CUDA_NO_HALF_OPERATORS__",
+    "-D__CUDA_NO_HALF_CONVERSIONS__",
+    "-D__CUDA_NO_HALF2_OPERATORS__",
+    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
     "--expt-relaxed-constexpr",
 ]
 
