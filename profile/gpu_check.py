@@ -1,6 +1,6 @@
 """Checks this checkout on a machine with an NVIDIA GPU: builds, tests, measures, writes a report.
 
-    python profile/gpu_check.py                        # everything, about half an hour at most
+    python profile/gpu_check.py                        # everything, 40 minutes at most
     python profile/gpu_check.py --only env,kernels --out /tmp/report
 
 Writes report.json, report.md and one log per section. Exit code 0: all sections passed, 1: one
