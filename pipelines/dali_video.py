@@ -1,12 +1,14 @@
-"""DALI graph for video files: decode on the CPU, cut, scale, mirror.
+"""DALI graph for video files: decode on the CPU (or take decoded frames), cut, scale, mirror.
 
 The graph has no state and no random operator: everything random comes with the sample.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.dlpack import from_dlpack
 
@@ -16,6 +18,9 @@ from pipelines.source import Sample
 
 class DaliVideo:
     """Decodes and transforms a group of samples in one run of a DALI pipeline.
+
+    What DALI cannot decode on the CPU (H.264, MPEG-4, ...) comes decoded from `read_frames`; the
+    rest of the graph is the same.
 
     Steps no sample of the split needs are left out of the graph: `resize` even costs its full time
     when the size stays as it is.
@@ -28,6 +33,7 @@ class DaliVideo:
         threads: int,
         size: int,
         antialias: bool,
+        read_frames: Callable[[Sample], npt.NDArray[np.uint8]] | None = None,
         crop_before: bool,
         scale: bool,
         crop_after: bool,
@@ -41,6 +47,8 @@ class DaliVideo:
             threads: CPU threads of the pipeline.
             size: output height and width, px.
             antialias: low-pass filter when shrinking.
+            read_frames: gives the frames [T, H, W, 3] of a sample, called from a pool of `threads`
+                threads; None = DALI decodes.
             crop_before: some window is not the whole frame.
             scale: some window is scaled.
             crop_after: some scaled window is larger than `size`.
@@ -52,7 +60,9 @@ class DaliVideo:
 
         dali: Any = dali_module  # untyped
         fn = dali.fn
-        self._inputs = ["encoded", "frames"]
+        self._inputs: list[str] = []
+        self._read_frames = read_frames
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="accel-decode")
         self._feed: dict[str, list[Any]] = {}
         # No affinity: the pipeline shares the cores with the training threads.
         # exec_dynamic: outputs stay valid while a tensor refers to them.
@@ -65,18 +75,23 @@ class DaliVideo:
             exec_dynamic=True,
         )
 
-        def per_sample(name: str) -> Any:
-            if name not in self._inputs:
-                self._inputs.append(name)
-            return fn.external_source(source=lambda: self._feed[name], batch=True)
+        def per_sample(name: str, **options: Any) -> Any:
+            self._inputs.append(name)
+            return fn.external_source(source=lambda: self._feed[name], batch=True, **options)
 
         with self._pipeline:
-            # pad_mode "none": a missing frame is an error; the default would be a black frame.
-            clip = fn.decoders.video(
-                per_sample("encoded"), frames=per_sample("frames"), pad_mode="none", device="cpu"
-            )  # per sample [unique frames, H, W, 3]
-            if repeat:
-                clip = fn.sequence_rearrange(clip, new_order=per_sample("gather"))
+            if read_frames is not None:
+                clip = per_sample("decoded", layout="FHWC")  # per sample [T, H, W, 3]
+            else:
+                # pad_mode "none": a missing frame is an error; the default would be a black frame.
+                clip = fn.decoders.video(
+                    per_sample("encoded"),
+                    frames=per_sample("frames"),
+                    pad_mode="none",
+                    device="cpu",
+                )  # per sample [unique frames, H, W, 3]
+                if repeat:
+                    clip = fn.sequence_rearrange(clip, new_order=per_sample("gather"))
             if crop_before:
                 start, end = per_sample("window_start"), per_sample("window_end")
                 clip = fn.slice(clip, start=start, end=end, axis_names="HW")
@@ -103,37 +118,42 @@ class DaliVideo:
             [N, T, size, size, 3] uint8 RGB on the CPU; shares DALI's memory.
 
         Raises:
-            MediaError: a file has another size than when it was indexed.
+            MediaError: a file has another size than when it was indexed, or does not give its
+                frames.
             RuntimeError: from DALI, for the whole group.
         """
-        feed: dict[str, list[Any]] = {name: [] for name in self._inputs}
-        for sample in samples:
-            for name, value in self._values(sample).items():
-                if name in feed:
-                    feed[name].append(value)
-        self._feed = feed
+        values = list(self._pool.map(self._values, samples))
+        self._feed = {name: [value[name] for value in values] for name in self._inputs}
         (clips,) = self._pipeline.run()
         return from_dlpack(clips.as_tensor())  # [N, T, size, size, 3]
 
     def close(self) -> None:
-        """Release the pipeline; it and this object refer to each other."""
+        """Release the pipeline (it and this object refer to each other) and the threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
         self._feed = {}
         self._pipeline = None
 
     def _values(self, sample: Sample) -> dict[str, Any]:
-        unique, gather = np.unique(sample.frame_indices, return_inverse=True)
         x0, y0, width, height = sample.view.window
         left, top = sample.view.crop
         return {
-            "encoded": _read_file(sample),
-            "frames": unique.astype(np.int32),
-            "gather": gather.astype(np.int32),
+            **self._source_values(sample),
             "window_start": np.array([y0, x0], np.int32),
             "window_end": np.array([y0 + height, x0 + width], np.int32),
             "scaled": np.array(sample.view.scaled[::-1], np.float32),
             "crop_start": np.array([top, left], np.int32),
             "crop_end": np.array([top + self._size, left + self._size], np.int32),
             "flip": np.array(int(sample.view.flip), np.int32),
+        }
+
+    def _source_values(self, sample: Sample) -> dict[str, Any]:
+        if self._read_frames is not None:
+            return {"decoded": self._read_frames(sample)}
+        unique, gather = np.unique(sample.frame_indices, return_inverse=True)
+        return {
+            "encoded": _read_file(sample),
+            "frames": unique.astype(np.int32),
+            "gather": gather.astype(np.int32),
         }
 
 

@@ -132,7 +132,8 @@ class Loader:
         self._threads = loader.resolved_threads()
         # Micro-batches decoded together: enough clips to keep every thread busy.
         self._group = max(1, math.ceil(2 * self._threads / micro_batch))
-        self._backend, self.description = _choose_decoder(source, loader)
+        self._dali = _dali_installed()
+        self._backend, self.description = _choose_decoder(source, loader, self._dali)
         self.description += f", {self._threads} threads"
         self._state = _State()
         # Also runs at the interpreter's exit, before the threads would be torn down.
@@ -238,7 +239,7 @@ class Loader:
 
     def _build_decoder(self) -> _Decoder:
         augment = self._augment
-        if self._backend == "pyav":
+        if not self._dali:
             return PyavVideo(threads=self._threads, size=augment.size, antialias=augment.antialias)
         random_crop = self._split == "train" and augment.crop == "multiscale"
         square = (augment.size, augment.size)
@@ -250,6 +251,7 @@ class Loader:
             threads=self._threads,
             size=augment.size,
             antialias=augment.antialias,
+            read_frames=read_frames if self._backend == "pyav" else None,
             crop_before=random_crop,
             scale=random_crop or any(size != to for size, to in scaled.items()),
             crop_after=not random_crop and any(to != square for to in scaled.values()),
@@ -258,14 +260,14 @@ class Loader:
         )
 
 
-def _choose_decoder(source: SampleSource, config: LoaderConfig) -> tuple[str, str]:
-    """("dali" or "pyav", one line that says which and why)."""
-    if config.decoder == "pyav":
-        return "pyav", "PyAV (loader.decoder=pyav)"
+def _choose_decoder(source: SampleSource, config: LoaderConfig, dali: bool) -> tuple[str, str]:
+    """(who decodes: "dali" or "pyav", one line that says so and why)."""
     problem = next(_dali_problems(source), None)
-    installed = _dali_installed()
+    scaling = "DALI scales" if dali else "torch scales"
+    if config.decoder == "pyav":
+        return "pyav", f"PyAV decodes (loader.decoder=pyav), {scaling}"
     if config.decoder == "dali":
-        if not installed:
+        if not dali:
             raise ValueError(
                 'loader.decoder: "dali" needs NVIDIA DALI, which is not installed; run pip install '
                 '"accel-video[dali]" or pass --loader.decoder=pyav.'
@@ -273,12 +275,12 @@ def _choose_decoder(source: SampleSource, config: LoaderConfig) -> tuple[str, st
         if problem:
             path, reason = problem
             raise MediaError(path, f"{reason}; pass --loader.decoder=pyav or auto.")
-        return "dali", "DALI on the CPU (loader.decoder=dali)"
-    if not installed:
-        return "pyav", "PyAV (DALI is not installed)"
+        return "dali", "DALI decodes on the CPU (loader.decoder=dali)"
+    if not dali:
+        return "pyav", f"PyAV decodes (DALI is not installed), {scaling}"
     if problem:
-        return "pyav", f"PyAV ({problem[1]})"
-    return "dali", "DALI on the CPU"
+        return "pyav", f"PyAV decodes ({problem[1]}), {scaling}"
+    return "dali", "DALI decodes on the CPU"
 
 
 def _dali_problems(source: SampleSource) -> Iterator[tuple[str, str]]:

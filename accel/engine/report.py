@@ -18,7 +18,7 @@ def summary_text(summary: dict[str, Any], run_folder: Path) -> str:
         f"{summary['recipe']}: {summary['iterations']} steps in {summary['wall_s']:.0f} s",
         f"  val top-1 {summary['val_top1']:.3f}  top-5 {summary['val_top5']:.3f}  "
         f"mean class {summary['val_mean_class']:.3f}  loss {summary['val_loss']:.3f}  "
-        f"({summary['val_clips']} clips, {summary['num_classes']} classes, "
+        f"({summary['val_num_clips']} clips, {summary['num_classes']} classes, "
         f"chance {1 / summary['num_classes']:.3f})",
         f"  {summary['clips_per_s']:.1f} clips/s, data wait {100 * summary['data_wait']:.1f} %",
     ]

@@ -21,7 +21,12 @@ from pipelines.loader import Batch, Loader, build_loader
 
 MakeVideo = Callable[..., Path]
 MakeDataset = Callable[[Sequence[Path]], Dataset]
-DECODERS = [pytest.param("dali", marks=pytest.mark.needs_dali), "pyav"]
+# dali: DALI decodes and scales; pyav: PyAV decodes, DALI scales; torch: without DALI.
+DECODERS = [
+    pytest.param("dali", marks=pytest.mark.needs_dali),
+    pytest.param("pyav", marks=pytest.mark.needs_dali),
+    "torch",
+]
 HMDB = Path(__file__).parents[1] / "data" / "hmdb51"
 
 
@@ -37,8 +42,14 @@ def open_loader(dataset: Dataset, split: str = "train", **changes: Any) -> Loade
     options |= {
         key: changes.pop(key) for key in ("decoder", "timeout_s", "prefetch") if key in changes
     }
+    without_dali = options.get("decoder") == "torch"
+    if without_dali:
+        options["decoder"] = "pyav"
     arguments |= {"loader": LoaderConfig(**options)} | changes
-    return build_loader(dataset, split=split, **arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        if without_dali:
+            patch.setattr(loader_module, "_dali_installed", lambda: False)
+        return build_loader(dataset, split=split, **arguments)
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -99,8 +110,10 @@ def test_pixels_equal_the_reference(
         for sample, clip in zip(loader.samples(5, 0), batch.clips, strict=True):
             expected = apply_view(read_frames(sample), sample.view, size=56, antialias=antialias)
             difference = np.abs(clip.numpy().astype(int) - expected)
-            # DALI converts colors with another rounding than FFmpeg's RGB output.
-            assert difference.mean() < (2.0 if decoder == "dali" else 1e-9)
+            # DALI converts colors with another rounding than FFmpeg's RGB output; when it shrinks,
+            # pixels at the border differ from torch's (and PIL's) by a few levels.
+            assert difference.mean() < {"dali": 2.0, "pyav": 0.5, "torch": 1e-9}[decoder]
+            assert decoder != "pyav" or np.quantile(difference, 0.999) <= 2
         loader.close()
 
 
@@ -144,7 +157,7 @@ def test_steps_do_not_depend_on_the_number_of_ranks(dataset: Dataset) -> None:
         """Per optimizer step: sample id -> frames, window, flip and label."""
         loaders = [
             open_loader(
-                dataset, rank=rank, world_size=world_size, micro_batch=micro_batch, decoder="pyav"
+                dataset, rank=rank, world_size=world_size, micro_batch=micro_batch, decoder="torch"
             )
             for rank in range(world_size)
         ]
@@ -166,7 +179,7 @@ def test_steps_do_not_depend_on_the_number_of_ranks(dataset: Dataset) -> None:
 def test_validation_is_complete_over_ranks(dataset: Dataset) -> None:
     for world_size in (2, 3, 12):
         loaders = [
-            open_loader(dataset, "val", rank=rank, world_size=world_size, decoder="pyav")
+            open_loader(dataset, "val", rank=rank, world_size=world_size, decoder="torch")
             for rank in range(world_size)
         ]
         ids = [
@@ -177,7 +190,7 @@ def test_validation_is_complete_over_ranks(dataset: Dataset) -> None:
 
 def test_flip_exchanges_labels(dataset: Dataset) -> None:
     augment = AugmentConfig(size=32, resize=32, flip_label_pairs=("0-2",))
-    loader = open_loader(dataset, augment=augment, decoder="pyav")
+    loader = open_loader(dataset, augment=augment, decoder="torch")
     swapped = {0: 2, 2: 0, 1: 1}
     samples = [s for epoch in range(3) for k in range(4) for s in loader.samples(epoch, k)]
     for sample in samples:
@@ -220,11 +233,13 @@ def test_decoder_is_chosen_and_named(
     h264 = make_dataset([make_video(f"{k}.mp4", codec="libx264") for k in range(4)])
     assert "h264" in open_loader(h264).description
     monkeypatch.setattr(loader_module, "_dali_installed", lambda: True)
-    assert open_loader(dataset).description.startswith("DALI")
+    assert open_loader(dataset).description.startswith("DALI decodes")
     with pytest.raises(MediaError, match=r"0\.mp4: DALI does not decode h264 on the CPU"):
         open_loader(h264, decoder="dali")
     monkeypatch.setattr(loader_module, "_dali_installed", lambda: False)
-    assert open_loader(dataset).description.startswith("PyAV (DALI is not installed)")
+    assert open_loader(dataset).description.startswith(
+        "PyAV decodes (DALI is not installed), torch scales"
+    )
     with pytest.raises(ValueError, match=r"loader\.decoder: .* not installed"):
         open_loader(dataset, decoder="dali")
 
@@ -286,7 +301,7 @@ def test_hanging_decoder_is_an_error(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     released = threading.Event()
-    loader = open_loader(dataset, "val", decoder="pyav", timeout_s=0.3)
+    loader = open_loader(dataset, "val", decoder="torch", timeout_s=0.3)
     monkeypatch.setattr("pipelines.fallback.read_frames", lambda sample: released.wait(30))
     monkeypatch.setattr("pipelines.prefetch.JOIN_TIMEOUT_S", 0.1)
     with (

@@ -1,0 +1,183 @@
+"""Whole runs on a tiny set: learning, exact resume, refusals; in one process."""
+
+import json
+
+import pytest
+import torch
+
+from accel.engine.checkpoint import CheckpointStore
+from accel.engine.config import load_recipe
+from accel.engine.dry_run import dry_run
+from accel.engine.run import RunFolder
+from accel.engine.trainer import Trainer
+from accel.errors import CheckpointError, ConfigError, DivergedError
+
+KEEP_ALL = {"checkpoint.every_steps": "1", "checkpoint.keep_last": "100"}
+
+
+def _fit(recipe, out, overrides=None, **options):
+    trainer = Trainer(load_recipe(recipe, overrides or {}), out, **options)
+    try:
+        return trainer.fit()
+    finally:
+        trainer.close()
+
+
+def _equal_states(one, other):
+    assert one["counters"]["iteration"] == other["counters"]["iteration"]
+    for part in ("model", "momentum"):
+        assert one[part].keys() == other[part].keys()
+        for name, tensor in one[part].items():
+            assert torch.equal(tensor, other[part][name]), f"{part}.{name}"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_recipe, tmp_path_factory):
+    """(run folder, summary) of one uninterrupted run of eight steps."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    return out, _fit(tiny_recipe, out, KEEP_ALL)
+
+
+def test_a_run_folder_is_complete(undisturbed):
+    out, summary = undisturbed
+    for name in ("recipe.yaml", "environment.json", "metrics.jsonl", "summary.json", "curves.png"):
+        assert (out / name).stat().st_size > 0, name
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if row.get("event") != "eval"]
+    assert [row["iteration"] for row in steps] == list(range(8))
+    assert [row["epoch"] for row in steps] == [0] * 4 + [1] * 4
+    assert {"loss", "lr", "clips_per_s", "data_wait"} <= steps[0].keys()
+    evaluations = [row for row in rows if row.get("event") == "eval"]
+    assert [row["iteration"] for row in evaluations] == [4, 8]
+    assert summary["val_top1"] == evaluations[-1]["val_top1"]
+    assert summary["val_num_clips"] == 16
+    assert {"val_loss", "clips_per_s", "data_wait", "wall_s", "checkpoint"} <= summary.keys()
+    assert load_recipe(str(out / "recipe.yaml")).optim.lr == 0.02
+
+
+def test_the_same_run_twice_gives_the_same_bits(undisturbed, tiny_recipe, tmp_path, steps_of):
+    out, _ = undisturbed
+    _fit(tiny_recipe, tmp_path / "again", {"loader.prefetch": "5"})
+    assert steps_of(tmp_path / "again") == steps_of(out)
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4, 5, 7])
+def test_resume_continues_with_identical_bits(
+    undisturbed, tiny_recipe, tmp_path, stop_after, steps_of
+):
+    whole, _ = undisturbed
+    out = tmp_path / "run"
+    _fit(tiny_recipe, out, {"train.max_steps": str(stop_after), **KEEP_ALL})
+    _fit(tiny_recipe, out, KEEP_ALL)
+    assert steps_of(out) == steps_of(whole)
+    final = "step_00000008.pt"
+    _equal_states(
+        CheckpointStore(out / "checkpoints").load(out / "checkpoints" / final),
+        CheckpointStore(whole / "checkpoints").load(whole / "checkpoints" / final),
+    )
+
+
+def test_a_finished_run_is_left_alone(undisturbed, tiny_recipe):
+    out, summary = undisturbed
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert _fit(tiny_recipe, out, KEEP_ALL) == summary
+    changed = [
+        path.name
+        for path, stamp in before.items()
+        if path.stat().st_mtime_ns != stamp and path.name != ".lock"
+    ]
+    assert changed == []
+
+
+def test_a_damaged_newest_checkpoint_falls_back_and_gives_the_same_losses(
+    undisturbed, tiny_recipe, tmp_path, steps_of, caplog
+):
+    out = tmp_path / "run"
+    _fit(tiny_recipe, out, {"train.max_steps": "5", **KEEP_ALL})
+    newest = out / "checkpoints" / "step_00000005.pt"
+    damaged = bytearray(newest.read_bytes())
+    damaged[len(damaged) // 2] ^= 4
+    newest.write_bytes(bytes(damaged))
+    _fit(tiny_recipe, out, KEEP_ALL)
+    assert "step_00000005.pt" in caplog.text
+    assert steps_of(out) == steps_of(undisturbed[0])
+    with pytest.raises(CheckpointError, match="no such|truncated|sha256|damaged"):
+        broken = tmp_path / "copy.pt"
+        broken.write_bytes(bytes(damaged[:1000]))
+        _fit(tiny_recipe, tmp_path / "other", resume=str(broken))
+
+
+def test_an_explicit_checkpoint_starts_a_new_folder(undisturbed, tiny_recipe, tmp_path, steps_of):
+    whole, _ = undisturbed
+    start = whole / "checkpoints" / "step_00000003.pt"
+    out = tmp_path / "branch"
+    _fit(tiny_recipe, out, KEEP_ALL, resume=str(start))
+    assert steps_of(out) == steps_of(whole)[3:]
+    with pytest.raises(ConfigError, match="already holds a run"):
+        _fit(tiny_recipe, out, KEEP_ALL, resume=str(start))
+    with pytest.raises(ConfigError, match="already holds a run"):
+        _fit(tiny_recipe, out, KEEP_ALL, resume="none")
+    with pytest.raises(ConfigError, match="no such checkpoint"):
+        _fit(tiny_recipe, tmp_path / "x", resume=str(tmp_path / "missing.pt"))
+
+
+def test_a_changed_recipe_or_list_does_not_resume(undisturbed, tiny_recipe, tiny_root, tmp_path):
+    out = tmp_path / "run"
+    _fit(tiny_recipe, out, {"train.max_steps": "2"})
+    with pytest.raises(ConfigError, match=r"optim\.lr: 0\.02 -> 0\.03.*--resume-allow optim\.lr"):
+        _fit(tiny_recipe, out, {"optim.lr": "0.03"})
+    lines = (tiny_root / "train.txt").read_text().splitlines()
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(lines[::-1]) + "\n")
+    changed = {"data.train_list": str(other)}
+    with pytest.raises(ConfigError, match="data: "):
+        _fit(tiny_recipe, out, changed, resume_allow=["data.train_list"])
+    _fit(tiny_recipe, out, {"optim.lr": "0.03", "train.max_steps": "3"}, resume_allow=["optim.lr"])
+
+
+def test_a_folder_in_use_is_refused_and_untouched(tiny_recipe, tmp_path):
+    owner = RunFolder(tmp_path / "run")
+    owner.acquire()
+    with pytest.raises(ConfigError, match="in use by process"):
+        _fit(tiny_recipe, tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock"]
+    owner.release()
+
+
+def test_divergence_stops_before_anything_non_finite_is_saved(tiny_recipe, tmp_path):
+    out = tmp_path / "run"
+    overrides = {"optim.lr": "1e30", "optim.clip_norm": "0", "schedule.kind": "constant"}
+    with pytest.raises(DivergedError, match="diverged at iteration"):
+        _fit(tiny_recipe, out, {**overrides, **KEEP_ALL})
+    loaded = CheckpointStore(out / "checkpoints").load_latest()
+    if loaded is not None:
+        assert all(torch.isfinite(t.double()).all() for t in loaded[1]["model"].values())
+
+
+@pytest.mark.parametrize("mode", ["bf16", "fp16"])
+def test_autocast_runs_are_finite_and_near_fp32(mode, undisturbed, tiny_recipe, tmp_path, steps_of):
+    out = tmp_path / mode
+    _fit(tiny_recipe, out, {"precision.mode": mode, "train.max_steps": "2", "model.dropout": "0"})
+    reference = tmp_path / "fp32"
+    _fit(tiny_recipe, reference, {"train.max_steps": "2", "model.dropout": "0"})
+    for (_, loss, _, _), (_, expected, _, _) in zip(
+        steps_of(out), steps_of(reference), strict=True
+    ):
+        assert loss == pytest.approx(expected, rel=0.02)
+
+
+def test_dry_run_reports_and_leaves_nothing(tiny_recipe, tmp_path):
+    trainer = Trainer(load_recipe(tiny_recipe), tmp_path / "scratch", resume="none")
+    try:
+        report = dry_run(trainer)
+    finally:
+        trainer.close()
+    assert report["clips"] == [4, 4, 32, 32, 3]
+    assert report["logits"] == [4, 8]
+    assert (report["steps_per_epoch"], report["total_steps"]) == (4, 8)
+    assert sorted(path.name for path in (tmp_path / "scratch").iterdir()) == [".lock"]
+
+
+def test_batch_sizes_must_divide(tiny_recipe, tmp_path):
+    with pytest.raises(ConfigError, match=r"train\.global_batch"):
+        load_recipe(tiny_recipe, {"train.global_batch": "10"})
