@@ -139,9 +139,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        f'{_OP}: second derivatives are only available with backend="reference".'
-    )
+    raise RuntimeError(f'{_OP}: second derivatives are only available with backend="reference".')
 
 
 if _library.AVAILABLE:

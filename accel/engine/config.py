@@ -305,9 +305,11 @@ def _check_keys(path: Path, values: Mapping[str, Any]) -> None:
 def _nearest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
-    if "." in name:  # the right key in the wrong section
-        leaf = name.rsplit(".", 1)[1]
-        close = [key for key in known if key.endswith(f".{leaf}")][:1] or close
+    if "." in name:
+        section, leaf = name.split(".", 1)
+        initials = "".join(word[:1] for word in leaf.split("_"))  # learning_rate -> lr
+        wanted = [key for key in known if key.endswith(f".{leaf}")]  # in another section
+        close = wanted[:1] or close or [key for key in known if key == f"{section}.{initials}"]
     if close:
         return f"Did you mean {close[0]}?"
     section = name.split(".", 1)[0]

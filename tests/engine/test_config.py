@@ -43,7 +43,7 @@ def test_numbers_that_yaml_reads_as_text_become_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("optim: {learning_rate: 0.1}", "optim.learning_rate: unknown key"),
+        ("optim: {learning_rate: 0.1}", "optim.learning_rate: unknown key. Did you mean optim.lr?"),
         ("optim: {momentun: 0.9}", "Did you mean optim.momentum?"),
         ("model: {lr: 0.9}", "Did you mean optim.lr?"),
         ("optimizer: {lr: 0.1}", "optimizer: unknown section. Did you mean optim?"),

@@ -101,7 +101,7 @@ def test_a_damaged_newest_checkpoint_falls_back_and_gives_the_same_losses(
     _fit(tiny_recipe, out, KEEP_ALL)
     assert "step_00000005.pt" in caplog.text
     assert steps_of(out) == steps_of(undisturbed[0])
-    with pytest.raises(CheckpointError, match="no such|truncated|sha256|damaged"):
+    with pytest.raises(CheckpointError, match=r"truncated|damaged"):
         broken = tmp_path / "copy.pt"
         broken.write_bytes(bytes(damaged[:1000]))
         _fit(tiny_recipe, tmp_path / "other", resume=str(broken))

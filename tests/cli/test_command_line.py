@@ -1,0 +1,230 @@
+"""The command line: one sentence and the right exit code for every wrong input, nothing lost."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from accel.cli.main import main as accel
+from accel.cli.rendering import run_guarded
+from accel.cli.train import main as train
+
+HMDB = Path(__file__).parents[1] / "data" / "hmdb51"
+
+RECIPE = """
+data: {{root: {root}, train_list: train.txt, val_list: val.txt, num_classes: 2}}
+sampling: {{num_segments: 4}}
+augment: {{size: 32, resize: 32}}
+model: {{depth: 18, width: 8, stages: 1, dropout: 0}}
+schedule: {{epochs: 1}}
+train: {{global_batch: 2, micro_batch: 2, max_steps: 1}}
+log: {{tensorboard: false}}
+run: {{threads: 1, device: cpu}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _isolated(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCEL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe over four real clips in a folder of their own, two per split."""
+    root = tmp_path / "set"
+    root.mkdir()
+    clips = sorted(HMDB.glob("*.webm"))[:4] or sorted(HMDB.glob("*.mp4"))[:4]
+    assert len(clips) >= 3
+    lines = []
+    for number, clip in enumerate(clips):
+        (root / f"{number}{clip.suffix}").write_bytes(clip.read_bytes())
+        lines.append(f"{number}{clip.suffix} {number % 2}\n")
+    (root / "train.txt").write_text("".join(lines))
+    (root / "val.txt").write_text("".join(lines[:2]))
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE.format(root=root))
+    return path
+
+
+def _run(capfd, *arguments):
+    code = run_guarded(train, [str(argument) for argument in arguments])
+    captured = capfd.readouterr()
+    return code, captured.out, captured.err
+
+
+def _one_sentence(errors):
+    lines = [line for line in errors.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, errors
+    assert "Traceback" not in errors
+    return lines[0]
+
+
+def test_a_run_prints_its_summary_and_json_last(capfd, recipe, tmp_path):
+    code, out, err = _run(capfd, "--recipe", recipe, "--out", tmp_path / "run", "--json")
+    assert code == 0, err
+    summary = json.loads(out.splitlines()[-1])
+    assert {"val_top1", "val_loss", "clips_per_s", "data_wait", "wall_s", "checkpoint"} <= set(
+        summary
+    )
+    assert Path(summary["checkpoint"]).is_file()
+    assert "val top-1" in out and "curves" in out
+    assert "step 1/1" in err
+    again, second, _ = _run(capfd, "--recipe", recipe, "--out", tmp_path / "run", "--json")
+    assert again == 0
+    assert json.loads(second.splitlines()[-1]) == summary
+
+
+def _edit(name, text):
+    def change(root):
+        (root / name).write_text(text)
+
+    return change
+
+
+def _cut(root):
+    clip = next(path for path in sorted(root.iterdir()) if path.stem == "1")
+    clip.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
+
+
+def _replace(content):
+    def change(root):
+        next(path for path in sorted(root.iterdir()) if path.stem == "1").write_bytes(content)
+
+    return change
+
+
+BAD_DATA = {
+    "missing list": (lambda root: (root / "train.txt").unlink(), "train.txt"),
+    "list is a folder": (
+        lambda root: ((root / "train.txt").unlink(), (root / "train.txt").mkdir()),
+        "train.txt",
+    ),
+    "empty list": (_edit("train.txt", ""), "train.txt"),
+    "too many fields": (_edit("train.txt", "a.webm 0\nb c d e\n"), "train.txt:2:"),
+    "label is no number": (_edit("train.txt", "a.webm zero\n"), "train.txt:1:"),
+    "negative label": (_edit("train.txt", "a.webm -1\n"), "train.txt:1:"),
+    "label out of range": (_edit("train.txt", "a.webm 2\n"), "train.txt:1:"),
+    "outside the root": (_edit("train.txt", "../../etc/passwd 0\n"), "train.txt:1:"),
+    "missing file": (_edit("train.txt", "gone.webm 0\n" * 2), "gone.webm"),
+    "zero bytes": (_replace(b""), "1."),
+    "truncated": (_cut, "1."),
+    "text": (_replace(b"this is not a video\n" * 100), "1."),
+    "HTML": (_replace(b"<!DOCTYPE html><html></html>"), "1."),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_DATA)
+def test_bad_data_ends_with_3_and_names_the_place(capfd, recipe, tmp_path, fault):
+    change, where = BAD_DATA[fault]
+    change(tmp_path / "set")
+    out = tmp_path / "run"
+    code, stdout, err = _run(capfd, "--recipe", recipe, "--out", out)
+    sentence = _one_sentence(err)
+    assert code == 3, err
+    assert where in sentence
+    assert stdout == ""
+    assert not (out / "checkpoints").exists()
+
+
+def test_a_video_shorter_than_the_clip_is_an_error(capfd, recipe, tmp_path):
+    code, _, err = _run(capfd, "--recipe", recipe, "--sampling.num_segments", "5000")
+    assert code == 3
+    assert "fewer frames than sampling.num_segments = 5000" in _one_sentence(err)
+
+
+BAD_OPTIONS = [
+    (["--recipe", "demo_motion9"], "Did you mean demo_motion8?"),
+    (["--recipe", "none.yaml"], "none.yaml: no such recipe"),
+    (["--optim.learning_rate", "0.1"], "Did you mean"),
+    (["--optim.lr"], "expected a value"),
+    (["--optim.lr", "x"], "optim.lr"),
+    (["--optm", "3"], "command line"),
+    (["--data.root", "/nonexistent"], "/nonexistent"),
+    (["--run.device", "cuda"], "run.device: cuda was asked for"),
+    (["--precision.mode", "tf32"], "precision.mode"),
+    (["--resume", "missing.pt"], "no such checkpoint"),
+    (["--train.global_batch", "3"], "train.global_batch: must be a multiple"),
+    (["--model.pretrained", "missing.pth"], "missing.pth"),
+    (["--out", "/dev/null"], "cannot be used as a run folder"),
+    (["--loader.decoder", "opencv"], "loader.decoder"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), BAD_OPTIONS)
+def test_bad_options_end_with_2_or_3_and_one_sentence(capfd, recipe, arguments, expected):
+    if arguments[:1] == ["--run.device"] and torch.cuda.is_available():
+        arguments, expected = ["--run.device", "tpu"], "run.device"
+    base = [] if "--recipe" in arguments else ["--recipe", recipe]
+    code, out, err = _run(capfd, *base, *arguments)
+    assert code in (2, 3), err
+    assert (code == 3) == (arguments[0] == "--data.root")
+    assert expected in _one_sentence(err)
+    assert out == ""
+
+
+def test_a_damaged_pretrained_checkpoint_is_named(capfd, recipe, tmp_path):
+    file = tmp_path / "weights.pth"
+    torch.save({"state_dict": {"module.new_fc.weight": torch.zeros(2, 2)}}, file)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 16
+    file.write_bytes(bytes(content))
+    code, _, err = _run(capfd, "--recipe", recipe, "--model.pretrained", file)
+    assert code == 2
+    assert "weights.pth" in _one_sentence(err)
+    file.write_bytes(bytes(content)[:40])
+    code, _, err = _run(capfd, "--recipe", recipe, "--model.pretrained", file)
+    assert code == 2
+    assert "weights.pth" in _one_sentence(err)
+
+
+def test_print_config_and_dry_run_write_nothing(capfd, recipe, tmp_path):
+    code, out, _ = _run(capfd, "--recipe", recipe, "--print-config", "--optim.lr", "0.5")
+    assert code == 0
+    assert "lr: 0.5" in out
+    code, out, _ = _run(capfd, "--recipe", recipe, "--dry-run", "--json")
+    assert code == 0
+    assert json.loads(out)["clips"] == [2, 4, 32, 32, 3]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_lists_every_key_with_its_description(capfd):
+    code, out, _ = _run(capfd, "--help")
+    assert code == 0
+    assert "--optim.lr" in out and "--data.root" in out and "Learning rate for" in out
+
+
+def test_the_accel_command(capfd):
+    assert accel(["--version"]) == 0
+    assert accel(["--help"]) == 0
+    assert "train" in capfd.readouterr().out
+    assert accel([]) == 2
+    assert accel(["trian"]) == 2
+    assert "unknown command 'trian'" in capfd.readouterr().err
+    assert accel(["doctor"]) == 0
+    assert "torch" in capfd.readouterr().out
+    assert accel(["doctor", "--fast"]) == 2
+
+
+def test_class_folders_work_as_a_dataset(capfd, tmp_path):
+    for number, clip in enumerate(sorted(HMDB.glob("*.*4"))[:4]):
+        folder = tmp_path / "own" / ("wave" if number % 2 else "cartwheel")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}{clip.suffix}").write_bytes(clip.read_bytes())
+    recipe = tmp_path / "own.yaml"
+    text = RECIPE.format(root=tmp_path / "own")
+    recipe.write_text(
+        text.replace(", train_list: train.txt, val_list: val.txt, num_classes: 2", "")
+    )
+    code, out, err = _run(capfd, "--recipe", recipe, "--json")
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["num_classes"] == 2
+
+
+def test_both_runs_of_the_ablation_appear_in_the_summary(capfd, recipe):
+    _run(capfd, "--recipe", recipe, "--model.temporal", "tam")
+    code, out, _ = _run(capfd, "--recipe", recipe, "--model.temporal", "none")
+    assert code == 0
+    line = next(line for line in out.splitlines() if "by temporal module" in line)
+    assert "none" in line and "tam" in line
