@@ -1,10 +1,11 @@
 """motion8: a generated set of eight classes of pure motion, for the demo and for tests.
 
-Every clip shows its own "dead leaves" image (overlapping shaded discs, ellipses and boxes with a
-power law of sizes) through a moving virtual camera. Position, orientation and scale of the camera
-at mid-clip are drawn from one distribution for all classes, and a motion runs symmetrically about
-mid-clip, so a single frame does not tell the class. Each motion's reverse is a class too, with the
-same frames in the opposite order: without their order a network cannot tell the two apart.
+Every clip shows a "dead leaves" image (overlapping shaded discs, ellipses and boxes with a power law
+of sizes) through a moving virtual camera. Each image appears once in every class, with the same
+position, orientation and scale of the camera at mid-clip, and a motion runs symmetrically about
+mid-clip: what a single frame shows does not tell the class, and remembering an image does not help.
+Each motion's reverse is a class too, with the same frames in the opposite order: without their order
+a network cannot tell the two apart.
 """
 
 import functools
@@ -45,7 +46,7 @@ CLASSES = (
 )
 """Class names; the position is the label. Alphabetical, as class folders are ordered."""
 
-_VERSION = 2  # raise when the same parameters give other pixels
+_VERSION = 3  # raise when the same parameters give other pixels
 _FRAME_PX = 80
 _TEXTURE_PX = 320
 _MIN_FRAMES, _MAX_FRAMES = 18, 24
@@ -65,7 +66,7 @@ def generate_motion8(
 
     The root holds `train/<class>/NNNN.webm` and `val/<class>/NNNN.webm` (VP9, 80 x 80 px, 18 to 24
     frames), the lists `train.txt` and `val.txt` and the names `classes.txt`. Clip k has label k mod
-    8 and depends on (seed, split, k) alone. The folder appears complete or not at all; concurrent
+    8 and image k div 8, and depends on (seed, split, k) alone. The folder appears complete or not at all; concurrent
     calls wait for the first.
     """
     if num_train < len(CLASSES) or num_val < len(CLASSES):
@@ -126,7 +127,8 @@ def _write_set(folder: Path, seed: int, sizes: dict[str, int], progress: bool) -
 
 def _write_clip(job: tuple[int, str, int, str]) -> None:
     seed, split, index, path = job
-    rng = np.random.default_rng(np.random.SeedSequence((seed, _SPLITS.index(split), index)))
+    image = index // len(CLASSES)
+    rng = np.random.default_rng(np.random.SeedSequence((seed, _SPLITS.index(split), image)))
     write_vp9(Path(path), render_clip(CLASSES[index % len(CLASSES)], rng))
 
 
@@ -140,10 +142,10 @@ def render_clip(class_name: str, rng: np.random.Generator) -> npt.NDArray[np.uin
     num_frames = int(rng.integers(_MIN_FRAMES, _MAX_FRAMES + 1))
     # Texture pixel of frame pixel p (px from the center): center + scale R(angle) (p + shift).
     centers = np.full((num_frames, 2), rng.uniform(-20, 20, size=2))
-    angle0, scale0 = rng.uniform(0, 2 * math.pi), rng.uniform(1.5, 1.9)
+    angle0, scale0 = rng.uniform(0, 2 * math.pi), rng.uniform(1.0, 1.3)
     time = np.linspace(-0.5, 0.5, num_frames)
-    pan_px = rng.uniform(0.15, 0.35) * _FRAME_PX
-    zoom, turn = rng.uniform(1.25, 1.6), math.radians(rng.uniform(15, 45))
+    pan_px = rng.uniform(0.4, 0.7) * _FRAME_PX
+    zoom, turn = rng.uniform(1.5, 2.0), math.radians(rng.uniform(45, 90))
     angles, scales, shifts = np.full(num_frames, angle0), np.full(num_frames, scale0), 0 * centers
     kind, _, direction = class_name.partition("_")
     if kind == "pan":

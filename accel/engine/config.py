@@ -130,7 +130,7 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, str] | None = None) -
             raise ConfigError(f"command line: {_one_line(error)}") from error
     sections: dict[str, Any] = {}
     for section, cls in SECTIONS.items():
-        settings = dict(vars(config[section]))  # type: ignore[index]
+        settings = dict(vars(config[section]))
         _reject_non_finite(origin, section, settings)
         try:
             sections[section] = cls(**settings)
@@ -222,15 +222,16 @@ class _StrictLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
-            event = self.peek_event()
+            event: Any = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.MarkedYAMLError(
                 problem="aliases are not allowed in a recipe", problem_mark=event.start_mark
             )
         self.depth = getattr(self, "depth", 0) + 1
         if self.depth > MAX_RECIPE_DEPTH:
+            event = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.MarkedYAMLError(
                 problem=f"nested deeper than {MAX_RECIPE_DEPTH} levels",
-                problem_mark=self.peek_event().start_mark,
+                problem_mark=event.start_mark,
             )
         node = super().compose_node(parent, index)
         self.depth -= 1

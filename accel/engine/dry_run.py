@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from accel.engine.trainer import Trainer
 
@@ -25,7 +26,7 @@ def dry_run(trainer: Trainer) -> dict[str, Any]:
         frames = trainer.precision.network_input(batch.clips, recipe.data.mean, recipe.data.std)
         with trainer.precision.autocast():
             logits: torch.Tensor = trainer.model(frames)
-            torch.nn.functional.cross_entropy(logits.float(), batch.labels).backward()
+            torch.autograd.backward(F.cross_entropy(logits.float(), batch.labels))
         if device.type == "cuda":
             torch.cuda.synchronize()
         return logits

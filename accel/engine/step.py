@@ -88,7 +88,7 @@ class TrainStep:
             with self._without_sync(last):
                 loss = self._forward(batch) / self._accumulation
                 with self._ranges("backward"):
-                    self._precision.scaler.scale(loss).backward()
+                    torch.autograd.backward(self._precision.scaler.scale(loss))
             loss_sum += loss.detach().float()
         with self._ranges("optimizer"):
             norm, skipped = self._update()
