@@ -119,7 +119,7 @@ def test_diff_lists_changed_keys_and_knows_harmless_ones():
     old = config.load_recipe("demo_motion8")
     new = config.load_recipe("demo_motion8", {"optim.lr": "0.2", "log.progress_s": "1"})
     changes = config.diff(config.to_dict(old), config.to_dict(new))
-    assert changes == {"optim.lr": (0.1, 0.2), "log.progress_s": (10.0, 1.0)}
+    assert changes == {"optim.lr": (0.4, 0.2), "log.progress_s": (10.0, 1.0)}
     assert [key for key in changes if config.is_harmless(key)] == ["log.progress_s"]
     assert all(key in config.KEYS for key in config.HARMLESS_KEYS)
     assert all(section in config.SECTIONS for section in config.HARMLESS_SECTIONS)
