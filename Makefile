@@ -11,6 +11,9 @@ installed := $(VENV)/.installed
 built := $(VENV)/.built
 sources := setup.py pyproject.toml accel/__init__.py $(shell find kernels/csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
+# An extension that was built and has been deleted since is built again.
+$(shell grep -qs . $(built) && [ ! -e kernels/_C.so ] && rm -f $(built))
+
 .PHONY: demo test setup lint clean
 
 demo: setup
@@ -37,7 +40,7 @@ $(installed): requirements.txt
 # No build isolation: the extension must be built against the torch that will load it.
 $(built): $(installed) $(sources)
 	$(python) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
-	@touch $@
+	@ls kernels/_C.so > $@ 2>/dev/null || : > $@
 
 clean:
 	rm -rf build kernels/*.so *.egg-info $(VENV)

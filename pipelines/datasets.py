@@ -89,7 +89,14 @@ def _from_lists(
         for path in (train_list, val_list)
     )
     if not names:
-        names = _numbered(max(record.label for record in train) + 1)
+        largest = max(train, key=lambda record: record.label)
+        if largest.label >= max(len(train), 2):
+            raise AnnotationError(
+                train_list,
+                f"label {largest.label} of '{largest.name}' with only {len(train)} videos; give "
+                "--data.num_classes if this is meant.",
+            )
+        names = _numbered(largest.label + 1)
         beyond = next((record for record in val if record.label >= len(names)), None)
         if beyond:
             raise AnnotationError(

@@ -135,6 +135,7 @@ class Loader:
         self._dali = _dali_installed()
         self._backend, self.description = _choose_decoder(source, loader, self._dali)
         self.description += f", {self._threads} threads"
+        self.backend = f"{self._backend}, scaled by {'dali' if self._dali else 'torch'}"
         self._state = _State()
         # Also runs at the interpreter's exit, before the threads would be torn down.
         self._finalizer = weakref.finalize(self, self._state.release)

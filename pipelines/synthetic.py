@@ -1,13 +1,14 @@
 """motion8: a generated set of eight classes of pure motion, for the demo and for tests.
 
-Every clip shows a "dead leaves" image (overlapping shaded discs, ellipses and boxes with a power law
-of sizes) through a moving virtual camera. Each image appears once in every class, with the same
+Every clip shows a "dead leaves" image (overlapping shaded discs, ellipses and boxes with a power
+law of sizes) through a moving virtual camera. Each image appears once in every class, with the same
 position, orientation and scale of the camera at mid-clip, and a motion runs symmetrically about
-mid-clip: what a single frame shows does not tell the class, and remembering an image does not help.
-Each motion's reverse is a class too, with the same frames in the opposite order: without their order
-a network cannot tell the two apart.
+mid-clip: a single frame does not tell the class, and remembering an image does not help. Each
+motion's reverse is a class too, with the same frames in the opposite order: without their order a
+network cannot tell the two apart.
 """
 
+import ctypes
 import functools
 import hashlib
 import json
@@ -16,6 +17,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import uuid
 from concurrent.futures import ProcessPoolExecutor
@@ -66,8 +68,8 @@ def generate_motion8(
 
     The root holds `train/<class>/NNNN.webm` and `val/<class>/NNNN.webm` (VP9, 80 x 80 px, 18 to 24
     frames), the lists `train.txt` and `val.txt` and the names `classes.txt`. Clip k has label k mod
-    8 and image k div 8, and depends on (seed, split, k) alone. The folder appears complete or not at all; concurrent
-    calls wait for the first.
+    8 and image k div 8, and depends on (seed, split, k) alone. The folder appears complete or not
+    at all; concurrent calls wait for the first.
     """
     if num_train < len(CLASSES) or num_val < len(CLASSES):
         raise ValueError(f"motion8: expected >= 8 clips per split, got {num_train} and {num_val}.")
@@ -114,15 +116,21 @@ def _write_set(folder: Path, seed: int, sizes: dict[str, int], progress: bool) -
     workers = min(8, len(affinity(0)) if affinity else os.cpu_count() or 1)
     # spawn: a fork of a process with threads (torch, DALI) may deadlock.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
         try:
             for _ in bar(pool.map(_write_clip, jobs, chunksize=8)):
                 pass
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _start_worker() -> None:
+    """One thread each; Ctrl-C is the parent's business, and nobody outlives the parent."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
 
 
 def _write_clip(job: tuple[int, str, int, str]) -> None:

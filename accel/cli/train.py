@@ -63,11 +63,10 @@ def _train(recipe: configs.Recipe, out: Path, options: argparse.Namespace) -> in
                 if world.is_main:
                     print(json.dumps(report) if options.json else _table(report))
                 return 0
-            if world.is_main:
-                _log_to(trainer.folder.log)
             summary = trainer.fit()
         except StopRequested as stop:
-            print(f"{stop}; saved in {out}. The same command continues.", file=sys.stderr)
+            if world.is_main:
+                print(f"{stop}; saved in {out}. The same command continues.", file=sys.stderr)
             return stop.exit_code
         finally:
             trainer.close()
@@ -149,12 +148,6 @@ def _start_logging(options: argparse.Namespace) -> None:
     root.setLevel(logging.WARNING)
     for package in ("accel", "pipelines", "kernels"):
         logging.getLogger(package).setLevel(level)
-
-
-def _log_to(path: Path) -> None:
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
 
 
 def _table(values: dict[str, object]) -> str:

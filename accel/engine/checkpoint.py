@@ -26,7 +26,7 @@ INDEX_NAME = "index.json"
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to save and what to keep. The best and the last checkpoint are always kept."""
+    """When to save besides at the end and after a best evaluation. The best is always kept."""
 
     every_epochs: int = 1
     """Save after every so many epochs, >= 1."""
@@ -129,6 +129,22 @@ class CheckpointStore:
         existing = [entry for entry in entries if (self.folder / entry.name).is_file()]
         return sorted(existing, key=lambda entry: entry.iteration)
 
+    def forget_after(self, iteration: int) -> None:
+        """Set aside (as `*.stale`) the checkpoints beyond the one a run continues from.
+
+        They belong to a future that will be computed again, or are damaged; left in place they
+        would be taken for the newest ones.
+        """
+        entries = self.entries()
+        for entry in entries:
+            if entry.iteration > iteration:
+                os.replace(self.folder / entry.name, self.folder / f"{entry.name}.stale")
+        self._write_index([entry for entry in entries if entry.iteration <= iteration])
+
+    def _write_index(self, entries: list[Entry]) -> None:
+        rows = [asdict(entry) for entry in entries]
+        write_atomically(self.folder / INDEX_NAME, json.dumps(rows, indent=1).encode())
+
     def best(self) -> Path | None:
         """File of the largest val_top1 (the earliest of equals), or None."""
         rated = [entry for entry in self.entries() if entry.val_top1 is not None]
@@ -160,8 +176,7 @@ class CheckpointStore:
             keep.add(max(rated, key=lambda e: (e.val_top1, -e.iteration)).name)
         try:
             write_atomically(path, data)
-            rows = [asdict(e) for e in entries if e.name in keep]
-            write_atomically(self.folder / INDEX_NAME, json.dumps(rows, indent=1).encode())
+            self._write_index([e for e in entries if e.name in keep])
             for stale in entries:
                 if stale.name not in keep:
                     (self.folder / stale.name).unlink(missing_ok=True)
@@ -226,6 +241,9 @@ def load_verified(path: Path, entry: Entry | None = None) -> dict[str, Any]:
             path,
             "is not a checkpoint of a training run; published weights go to --model.pretrained.",
         )
+    bad = first_non_finite(state)
+    if bad is not None:
+        raise CheckpointError(path, f"{bad} holds a non-finite number; use an earlier checkpoint.")
     return state
 
 

@@ -44,6 +44,7 @@ HARMLESS_KEYS = frozenset(
     {"data.root", "data.cache_dir", "train.max_steps", "run.device", "run.threads"}
 )
 HARMLESS_SECTIONS = frozenset({"loader", "checkpoint", "log"})
+HARMFUL_KEYS = frozenset({"loader.decoder"})  # decoders differ by a few grey levels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +136,9 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, str] | None = None) -
         try:
             sections[section] = cls(**settings)
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"{origin}: {_one_line(error)}") from error
+            text = _one_line(error)
+            where = "command line" if text.split(":", 1)[0] in (overrides or {}) else origin
+            raise ConfigError(f"{where}: {text}") from error
     recipe = Recipe(name=Path(name_or_path).stem, **sections)
     _check_across_sections(recipe)
     return recipe
@@ -178,6 +181,8 @@ def diff(
 
 def is_harmless(key: str) -> bool:
     """Whether a change of `key` leaves the mathematics of a run as it was."""
+    if key in HARMFUL_KEYS:
+        return False
     return key in HARMLESS_KEYS or key.split(".", 1)[0] in HARMLESS_SECTIONS
 
 
@@ -240,13 +245,17 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag != "tag:yaml.org,2002:str":
+                raise yaml.MarkedYAMLError(
+                    problem=f"expected a name, got {str(key_node.value)[:40]!r} as a key",
+                    problem_mark=key_node.start_mark,
+                )
             if key_node.value in seen:
                 raise yaml.MarkedYAMLError(
                     problem=f"key {key_node.value!r} appears twice",
                     problem_mark=key_node.start_mark,
                 )
-            if isinstance(key_node.value, str):
-                seen.add(key_node.value)
+            seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
 

@@ -27,6 +27,12 @@ class World:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
+    def broadcast_(self, tensors: list[Tensor]) -> None:
+        """Give every rank rank 0's values, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether the flag is set on any rank."""
         if self.size == 1:
@@ -68,9 +74,12 @@ def start_world(device_type: str) -> World:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device_type == "cuda":
+        torch.cuda.set_device(local_rank)  # NCCL's own collectives use the current device
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
-    return World(rank=dist.get_rank(), size=size, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    return World(rank=dist.get_rank(), size=size, local_rank=local_rank)
 
 
 def stop_world() -> None:

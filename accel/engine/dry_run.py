@@ -18,12 +18,12 @@ def dry_run(trainer: Trainer) -> dict[str, Any]:
     Returns:
         Plain data; durations in seconds, measured on this machine with a cold start excluded.
     """
-    recipe, device = trainer.recipe, trainer.device
+    device = trainer.device
     batches = trainer.train_loader.epoch(0)
     batch = next(batches)
 
     def forward_backward() -> torch.Tensor:
-        frames = trainer.precision.network_input(batch.clips, recipe.data.mean, recipe.data.std)
+        frames = trainer.precision.network_input(batch.clips)
         with trainer.precision.autocast():
             logits: torch.Tensor = trainer.model(frames)
             torch.autograd.backward(F.cross_entropy(logits.float(), batch.labels))

@@ -10,7 +10,6 @@ from accel.engine.distributed import World
 from accel.engine.metrics import ClassificationMeter, Scores
 from accel.engine.precision import Precision
 from accel.engine.timing import Ranges
-from pipelines.config import DataConfig
 from pipelines.loader import Loader
 
 
@@ -39,7 +38,6 @@ def evaluate(
     *,
     num_classes: int,
     precision: Precision,
-    data: DataConfig,
     world: World,
     ranges: Ranges,
     poll: Callable[[], None],
@@ -50,13 +48,15 @@ def evaluate(
         model: the bare network (not a DDP wrapper); left in train mode if it was.
         poll: called after every batch; may raise to end the evaluation early (a stop request).
     """
+    # Each rank keeps its own batch-norm statistics while training; rank 0's are the saved ones.
+    world.broadcast_(list(model.buffers()))
     meter = ClassificationMeter(num_classes, precision.device)
     was_training = model.training
     model.eval()
     try:
         with ranges("evaluation"):
             for batch in loader.epoch(0):
-                frames = precision.network_input(batch.clips, data.mean, data.std)
+                frames = precision.network_input(batch.clips)
                 with precision.autocast():
                     logits = model(frames)
                 meter.update(logits, batch.labels)

@@ -34,9 +34,10 @@ class LogConfig:
 class Journal:
     """`metrics.jsonl`: a line per optimizer step, and evaluation lines marked `"event": "eval"`."""
 
-    def __init__(self, path: Path, tensorboard: Path | None = None) -> None:
-        self._file = open(path, "a", encoding="utf-8")
-        self._board = _summary_writer(tensorboard) if tensorboard is not None else None
+    def __init__(self, path: Path, tensorboard: Path | None = None, *, purge_step: int = 0) -> None:
+        self._file = open(path, "ab", buffering=0)
+        self._unwritten: list[bytes] = []
+        self._board = _summary_writer(tensorboard, purge_step) if tensorboard is not None else None
 
     def step(self, **values: Any) -> None:
         """Record one optimizer step (iteration, epoch, loss, lr, clips_per_s, data_wait, ...)."""
@@ -53,8 +54,8 @@ class Journal:
             self._board.close()
 
     def _write(self, values: dict[str, Any], prefix: str) -> None:
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        self._unwritten.append((json.dumps(values) + "\n").encode())
+        self._write_lines()
         if self._board is not None:
             try:
                 for name, value in values.items():
@@ -63,6 +64,21 @@ class Journal:
             except OSError as error:
                 logger.warning("TensorBoard events can no longer be written (%s).", error)
                 self._board = None
+
+    def _write_lines(self) -> None:
+        """Write what waits; lines that a full disk refuses wait for the next call."""
+        while self._unwritten:
+            end = self._file.seek(0, os.SEEK_END)
+            try:
+                written = self._file.write(self._unwritten[0])
+                if written != len(self._unwritten[0]):
+                    raise OSError("the line was cut short")
+            except OSError as error:
+                if len(self._unwritten) == 1:
+                    logger.error("%s cannot be written (%s).", self._file.name, error)
+                self._file.truncate(end)
+                return
+            self._unwritten.pop(0)
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
@@ -126,7 +142,8 @@ class Progress:
             step_s: seconds per step, for the ETA.
         """
         now = time.monotonic()
-        if now - self._last < self._interval_s and done < self._total:
+        waiting = now - self._last < self._interval_s and done < self._total
+        if waiting or self._interval_s == math.inf:
             return
         self._last = now
         eta = _duration((self._total - done) * step_s)
@@ -134,6 +151,12 @@ class Progress:
             f"step {done}/{self._total}  epoch {epoch + 1}  loss {loss:.3f}  "
             f"{clips_per_s:.1f} clips/s  data wait {100 * data_wait:.0f} %  ETA {eta}"
         )
+        try:
+            self._print(text)
+        except OSError:  # the reader of stderr went away
+            self._interval_s = math.inf
+
+    def _print(self, text: str) -> None:
         if not self._live:
             print(text, file=self._stream, flush=True)
             return
@@ -166,9 +189,9 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _summary_writer(folder: Path) -> Any:
+def _summary_writer(folder: Path, purge_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=purge_step)

@@ -28,13 +28,26 @@ class PrecisionConfig:
 
 
 class Precision:
-    """A precision mode on a device.
+    """A precision mode on a device, and the normalization of its input.
+
+    Args:
+        config: the mode.
+        device: of the network.
+        mean: RGB, of values in 0..1.
+        std: RGB, of values in 0..1, > 0.
 
     Raises:
         ConfigError: the device cannot run the mode.
     """
 
-    def __init__(self, config: PrecisionConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: PrecisionConfig,
+        device: torch.device,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
         self.mode = config.mode
         self.device = device
         if config.mode == "tf32" and device.type != "cuda":
@@ -54,6 +67,11 @@ class Precision:
         if device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = config.mode == "tf32"
             torch.backends.cudnn.allow_tf32 = config.mode == "tf32"
+        # On the device once: a copy in the loop would wait for the device.
+        std_255 = torch.tensor(std, dtype=torch.float32) * 255.0
+        offset = -torch.tensor(mean, dtype=torch.float32) * 255.0 / std_255
+        self._scale = (1.0 / std_255).view(1, 3, 1, 1).to(device)
+        self._offset = offset.view(1, 3, 1, 1).to(device)
         self.autocast_dtype = _AUTOCAST.get(config.mode)
         self.scaler = torch.amp.GradScaler(
             device.type, init_scale=config.init_scale, enabled=config.mode == "fp16"
@@ -65,7 +83,7 @@ class Precision:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
-    def network_input(self, clips: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    def network_input(self, clips: Tensor) -> Tensor:
         """Normalized, folded, channels_last input of the network.
 
         (x / 255 - mean) / std as one multiply-add in fp32; under autocast the result is rounded
@@ -74,16 +92,10 @@ class Precision:
 
         Args:
             clips: [N, T, H, W, 3] uint8, contiguous.
-            mean: RGB, of values in 0..1.
-            std: RGB, of values in 0..1, > 0.
 
         Returns:
             [N*T, 3, H, W], channels_last, fp32 or the autocast type.
         """
         frames = clips.flatten(0, 1).permute(0, 3, 1, 2)  # [N*T, 3, H, W], channels_last view
-        std_255 = torch.tensor(std, dtype=torch.float32, device=clips.device) * 255.0
-        offset = torch.tensor(mean, dtype=torch.float32, device=clips.device) * 255.0 / std_255
-        scaled = torch.addcmul(
-            -offset.view(1, 3, 1, 1), frames.to(torch.float32), (1.0 / std_255).view(1, 3, 1, 1)
-        )
+        scaled = torch.addcmul(self._offset, frames.to(torch.float32), self._scale)
         return scaled if self.autocast_dtype is None else scaled.to(self.autocast_dtype)

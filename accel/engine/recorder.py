@@ -1,7 +1,9 @@
 """Reads step metrics one step late, writes them down, and refuses non-finite ones."""
 
 import collections
+import math
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,12 +30,12 @@ class StepRecorder:
         progress: Progress,
         scaler: torch.amp.GradScaler,
         *,
-        global_batch: int,
+        clips_per_step: float,
     ) -> None:
         self._journal = journal
         self._progress = progress
         self._scaler = scaler
-        self._global_batch = global_batch
+        self._clips_per_step = clips_per_step
         self._pending: collections.deque[tuple[dict[str, Any], Tensor]] = collections.deque()
         self._skipped_in_a_row = 0
         self._step_s: list[float] = []
@@ -49,49 +51,40 @@ class StepRecorder:
         """
         facts = {
             **facts,
-            "clips_per_s": self._global_batch / step_s,
+            "clips_per_s": self._clips_per_step / step_s,
             "data_wait": wait_s / step_s,
         }
         self._step_s.append(step_s)
         self._wait_s.append(wait_s)
         self._pending.append((facts, metrics))
 
-    def flush(self, keep: int = 0) -> None:
-        """Write all steps but the newest `keep`.
+    def flush(self) -> None:
+        """Write all steps added so far.
 
         Raises:
             DivergedError: fp32, tf32, bf16: a loss or gradient was not finite (the update was
                 skipped). fp16: too many skipped steps in a row, or the loss scale collapsed.
         """
-        while len(self._pending) > keep:
+        while self._pending:
             facts, metrics = self._pending.popleft()
             loss, norm, skipped = metrics.tolist()
             self._check_finite(facts["iteration"], loss, norm, bool(skipped))
             if self._journal is None:
                 continue
-            self._journal.step(**facts, loss=loss, grad_norm=norm, skipped=bool(skipped))
+            self._journal.step(**facts, loss=loss, grad_norm=_finite(norm), skipped=bool(skipped))
             recent = self._step_s[-_RECENT_STEPS:]
             total = sum(recent)
             self._progress.show(
                 done=facts["iteration"] + 1,
                 epoch=facts["epoch"],
                 loss=loss,
-                clips_per_s=self._global_batch * len(recent) / total,
+                clips_per_s=self._clips_per_step * len(recent) / total,
                 data_wait=sum(self._wait_s[-_RECENT_STEPS:]) / total,
                 step_s=total / len(recent),
             )
 
-    def rates(self) -> dict[str, float]:
-        """Median clips/s over the steps of this process; share of their time spent waiting."""
-        if not self._step_s:
-            return {"clips_per_s": 0.0, "data_wait": 0.0}
-        return {
-            "clips_per_s": self._global_batch / statistics.median(self._step_s),
-            "data_wait": sum(self._wait_s) / sum(self._step_s),
-        }
-
     def _check_finite(self, iteration: int, loss: float, norm: float, skipped: bool) -> None:
-        finite_loss = loss - loss == 0.0
+        finite_loss = math.isfinite(loss)
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         if not skipped and finite_loss:
             return
@@ -107,3 +100,20 @@ class StepRecorder:
             f"training diverged at iteration {iteration}: {reason}. The step was not applied; "
             "lower optim.lr or check the data, then resume from the last checkpoint."
         )
+
+
+def rates(steps: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Median clips/s of journal lines, and the share of their time spent waiting for input."""
+    if not steps:
+        return {"clips_per_s": 0.0, "data_wait": 0.0}
+    durations = [1.0 / step["clips_per_s"] for step in steps]
+    waits = [step["data_wait"] * time for step, time in zip(steps, durations, strict=True)]
+    return {
+        "clips_per_s": statistics.median(step["clips_per_s"] for step in steps),
+        "data_wait": sum(waits) / sum(durations),
+    }
+
+
+def _finite(value: float) -> float | None:
+    """The number, or None where JSON has no word for it."""
+    return value if math.isfinite(value) else None

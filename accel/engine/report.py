@@ -22,7 +22,7 @@ def summary_text(summary: dict[str, Any], run_folder: Path) -> str:
         f"chance {1 / summary['num_classes']:.3f})",
         f"  {summary['clips_per_s']:.1f} clips/s, data wait {100 * summary['data_wait']:.1f} %",
     ]
-    if summary.get("best_val_top1", summary["val_top1"]) > summary["val_top1"]:
+    if (summary["best_val_top1"] or 0.0) > summary["val_top1"]:
         lines.append(
             f"  best val top-1 {summary['best_val_top1']:.3f} ({summary['best_checkpoint']}); "
             "chosen on the validation set itself"
@@ -38,7 +38,11 @@ def temporal_ablation(run_folder: Path) -> list[str]:
     if own is None:
         return []
     results = {own[1]: own[2]}
-    for folder in sorted(run_folder.resolve().parent.iterdir()):
+    try:
+        folders = sorted(run_folder.resolve().parent.iterdir())
+    except OSError:  # the parent may be closed to us
+        return []
+    for folder in folders:
         other = _finished(folder) if folder != run_folder.resolve() else None
         if other is not None and other[0] == own[0]:
             results.setdefault(other[1], other[2])

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -61,6 +62,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: IO[str] | None = None
+        self._handler: logging.Handler | None = None
 
     @property
     def journal(self) -> Path:
@@ -88,7 +90,9 @@ class RunFolder:
         return self.path / "log.txt"
 
     def acquire(self) -> None:
-        """Create the folder and lock it for this process; the kernel frees the lock of a dead one.
+        """Create the folder, lock it for this process, and log into it.
+
+        The kernel frees the lock of a process that died.
 
         Raises:
             ConfigError: another live process works here, or the folder cannot be created.
@@ -102,23 +106,38 @@ class RunFolder:
             ) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             lock.seek(0)
             owner = lock.read().strip() or "another process"
             lock.close()
             raise ConfigError(
                 f"--out {self.path}: in use by {owner}; wait for it or choose another folder."
             ) from None
+        except OSError as error:
+            lock.close()
+            raise ConfigError(
+                f"--out {self.path}: cannot be locked ({error.strerror}); choose a folder on a "
+                "local disk."
+            ) from error
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {platform.node()}")
         lock.flush()
         self._lock = lock
+        self._handler = logging.FileHandler(self.log, encoding="utf-8")
+        self._handler.setFormatter(
+            logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+        )
+        logging.getLogger().addHandler(self._handler)
 
     def release(self) -> None:
         """Give the folder back."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+        if self._handler is not None:
+            logging.getLogger().removeHandler(self._handler)
+            self._handler.close()
+            self._handler = None
 
     def write_json(self, name: str, values: Any) -> None:
         """Write one JSON file of the folder, atomically."""
@@ -157,6 +176,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "kernels": kernels._library.REASON or "compiled extension",
         "revision": _git_revision(),
         "command": sys.argv,

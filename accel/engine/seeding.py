@@ -27,7 +27,7 @@ def seed_everything(seed: int, purpose: str, *counters: int) -> None:
 
 
 def set_deterministic(enabled: bool) -> None:
-    """Switch deterministic algorithms on or off (faults: bit equality on one device type)."""
+    """Switch deterministic algorithms on or off: bit equality on one device type and version."""
     if enabled:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(enabled)

@@ -14,7 +14,6 @@ from accel.engine.optim import Optimizer
 from accel.engine.precision import Precision
 from accel.engine.seeding import seed_everything
 from accel.engine.timing import Ranges, Stopwatch
-from pipelines.config import DataConfig
 from pipelines.loader import Batch
 
 
@@ -50,7 +49,6 @@ class TrainStep:
         optimizer: Optimizer,
         precision: Precision,
         *,
-        data: DataConfig,
         accumulation: int,
         clip_norm: float,
         seed: int,
@@ -60,13 +58,14 @@ class TrainStep:
         self._model = model
         self._optimizer = optimizer
         self._precision = precision
-        self._data = data
         self._accumulation = accumulation
         self._clip_norm = clip_norm
         self._seed = seed
         self._world = world
         self._ranges = ranges
         self.data_wait = Stopwatch()
+        self.underway = False
+        """Between a step's first forward pass and its end: batch-norm statistics have moved on."""
 
     def __call__(self, batches: Iterator[Batch], iteration: int) -> Tensor:
         """One step on the next micro-batches.
@@ -83,6 +82,7 @@ class TrainStep:
         for micro_step in range(self._accumulation):
             with self._ranges("data wait"), self.data_wait.running():
                 batch = next(batches)
+            self.underway = True
             last = micro_step == self._accumulation - 1
             seed_everything(self._seed, "forward", iteration, micro_step, self._world.rank)
             with self._without_sync(last):
@@ -92,6 +92,7 @@ class TrainStep:
             loss_sum += loss.detach().float()
         with self._ranges("optimizer"):
             norm, skipped = self._update()
+        self.underway = False
         if self._world.size > 1:
             self._world.sum_([loss_sum])
             loss_sum /= self._world.size
@@ -99,7 +100,7 @@ class TrainStep:
 
     def _forward(self, batch: Batch) -> Tensor:
         with self._ranges("ingest"):
-            frames = self._precision.network_input(batch.clips, self._data.mean, self._data.std)
+            frames = self._precision.network_input(batch.clips)
         with self._ranges("forward"), self._precision.autocast():
             logits: Tensor = self._model(frames)
             return F.cross_entropy(logits.float(), batch.labels)

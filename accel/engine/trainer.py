@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,40 +12,30 @@ import torch
 
 import accel
 from accel.engine import config as configs
-from accel.engine.checkpoint import CheckpointStore, load_verified
+from accel.engine.checkpoint import CheckpointStore
 from accel.engine.config import Recipe
 from accel.engine.distributed import World
 from accel.engine.evaluate import evaluate
-from accel.engine.journal import Journal, Progress, rewind_journal
+from accel.engine.journal import Journal, Progress, read_journal, rewind_journal
 from accel.engine.metrics import Scores
 from accel.engine.optim import Optimizer
 from accel.engine.precision import Precision
-from accel.engine.recorder import StepRecorder
+from accel.engine.recorder import StepRecorder, rates
 from accel.engine.report import draw_curves
 from accel.engine.run import RunFolder, environment, resolve_device
 from accel.engine.schedule import lr_factor
 from accel.engine.seeding import seed_everything, set_deterministic
+from accel.engine.state import Counters, check_tensors, check_unchanged, find_checkpoint
 from accel.engine.step import TrainStep
 from accel.engine.stop import StopRequested, StopSignals
 from accel.engine.timing import Ranges
 from accel.errors import CheckpointError, ConfigError
 from accel.models import build_model
 from pipelines.datasets import Dataset, open_dataset
+from pipelines.errors import DataError
 from pipelines.loader import Batch, Loader, build_loader
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Counters:
-    """Where a run stands; together with the recipe it determines everything that follows."""
-
-    iteration: int = 0
-    """Optimizer steps done."""
-    evaluated: int = -1
-    """`iteration` at the last completed evaluation, -1 if none."""
-    wall_s: float = 0.0
-    """Seconds spent so far, over all processes that worked on the run one after another."""
 
 
 class Trainer:
@@ -57,7 +47,7 @@ class Trainer:
         resume: "auto" (continue what the folder holds, or start), "none" (the folder must be
             fresh), or the path of a checkpoint of a run (the folder must be fresh or that run's).
         resume_allow: dotted keys that may differ from the checkpoint's recipe; also "data" (other
-            videos or labels) and "world_size".
+            videos or labels), "decoders" and "world_size".
         world: this process among all.
 
     Raises:
@@ -80,18 +70,21 @@ class Trainer:
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
         set_deterministic(recipe.run.deterministic)
-        self.precision = Precision(recipe.precision, self.device)
+        self.precision = Precision(
+            recipe.precision, self.device, mean=recipe.data.mean, std=recipe.data.std
+        )
         self.accumulation = self._accumulation()
         self._loaders: list[Loader] = []
         if self.world.is_main:
             self.folder.acquire()
         try:
             self.store = CheckpointStore(self.folder.checkpoints, recipe.checkpoint.keep_last)
-            found = self._find_checkpoint(resume)
+            found = find_checkpoint(resume, self.folder, self.store, recipe)
             self.dataset = self._open_dataset()
-            self._build()
+            self._build(pretrained=found is None)
             self.counters = Counters()
             self.scores: Scores | None = None
+            self.best_top1 = -1.0
             if found is not None:
                 self._restore(*found, resume_allow)
         except BaseException:
@@ -131,13 +124,18 @@ class Trainer:
             journal,
             progress,
             self.precision.scaler,
-            global_batch=self.recipe.train.global_batch,
+            clips_per_step=self.recipe.train.global_batch / self.world.size,
         )
         self._failed_saves = 0
         self._started = time.monotonic() - self.counters.wall_s
         try:
             with StopSignals() as self._stop:
                 self._loop(journal, progress)
+        except DataError:
+            # Nothing is lost, unless half a step has already moved the batch-norm statistics.
+            if self.world.size == 1 and not self.step.underway:
+                self._save()
+            raise
         finally:
             progress.clear()
             if journal is not None:
@@ -158,12 +156,13 @@ class Trainer:
         batches: Iterator[Batch] | None = None
         while True:
             evaluating = self._evaluation_due() and counters.evaluated != counters.iteration
+            best = False
             if evaluating:
                 self._recorder.flush()
                 progress.clear()
-                self._evaluate(journal)
-            if (evaluating or batches is not None) and self._save_due():
-                self._save()
+                best = self._evaluate(journal)
+            if best or ((evaluating or batches is not None) and self._save_due()):
+                self._save(required=counters.iteration >= self.total_steps)
             if counters.iteration >= self.total_steps:
                 return
             self._stop_if_asked()
@@ -205,13 +204,13 @@ class Trainer:
             every.append(settings.every_steps)
         return iteration >= self.total_steps or any(iteration % steps == 0 for steps in every)
 
-    def _evaluate(self, journal: Journal | None) -> None:
+    def _evaluate(self, journal: Journal | None) -> bool:
+        """Evaluate and record; whether it is this run's best so far."""
         self.scores = evaluate(
             self.model,
             self.val_loader,
             num_classes=self.dataset.num_classes,
             precision=self.precision,
-            data=self.recipe.data,
             world=self.world,
             ranges=self.ranges,
             # With several ranks a stop waits for the end of the evaluation: ranks may hold
@@ -231,15 +230,22 @@ class Trainer:
             logger.info(
                 "step %d: val top-1 %.4f, loss %.4f", done, self.scores.top1, self.scores.loss
             )
+        best = self.scores.top1 > self.best_top1
+        self.best_top1 = max(self.best_top1, self.scores.top1)
+        return best
 
     def _stop_if_asked(self) -> None:
         """Save and raise when any rank has received a stop signal."""
         if self.world.any(self._stop.received is not None, self.device):
-            self._save()
+            self._save(required=True)
             raise StopRequested(self._stop.received)
 
-    def _save(self) -> None:
-        """Write a checkpoint on rank 0; a second failure in a row is raised on all ranks."""
+    def _save(self, *, required: bool = False) -> None:
+        """Write a checkpoint on rank 0.
+
+        A failure is forgiven once in a row, unless this save is `required` because no later one
+        would come; else it is raised on all ranks.
+        """
         self._recorder.flush()
         problem: str | None = None
         if self.world.is_main:
@@ -250,7 +256,7 @@ class Trainer:
                 self._failed_saves = 0
             except CheckpointError as error:
                 self._failed_saves += 1
-                if self._failed_saves == 1:
+                if self._failed_saves == 1 and not required:
                     logger.error("%s Training goes on; the next save must succeed.", error)
                 else:
                     problem = error.problem
@@ -265,15 +271,13 @@ class Trainer:
             "recipe": self.recipe.name,
             **{f"val_{name}": value for name, value in asdict(self.scores).items()},
             "num_classes": self.dataset.num_classes,
-            **self._recorder.rates(),
+            **rates([row for row in read_journal(self.folder.journal) if "event" not in row]),
             "wall_s": round(self.counters.wall_s, 3),
             "iterations": self.counters.iteration,
             "epochs": self.counters.iteration / self.train_loader.steps_per_epoch,
             "checkpoint": str(self.store.folder / entries[-1].name) if entries else None,
             "best_checkpoint": str(best) if best else None,
-            "best_val_top1": max(
-                (e.val_top1 for e in entries if e.val_top1 is not None), default=None
-            ),
+            "best_val_top1": self.best_top1,
             "loader": self.train_loader.description,
             "recipe_sha256": configs.fingerprint(self.recipe),
         }
@@ -290,11 +294,13 @@ class Trainer:
             )
         return train.global_batch // (train.micro_batch * self.world.size)
 
-    def _build(self) -> None:
+    def _build(self, *, pretrained: bool) -> None:
+        """Network, optimizer and loaders; a resumed run does not need `model.pretrained` again."""
         recipe = self.recipe
         seed_everything(recipe.run.seed, "model")
+        settings = recipe.model if pretrained else replace(recipe.model, pretrained="")
         self.model = build_model(
-            **asdict(recipe.model),
+            **asdict(settings),
             num_classes=self.dataset.num_classes,
             num_segments=recipe.sampling.num_segments,
         ).to(self.device)
@@ -306,7 +312,6 @@ class Trainer:
             self.world.wrap(self.model, self.device),
             self.optimizer,
             self.precision,
-            data=recipe.data,
             accumulation=self.accumulation,
             clip_norm=recipe.optim.clip_norm,
             seed=recipe.run.seed,
@@ -346,6 +351,7 @@ class Trainer:
 
     def _open_folder(self) -> Journal:
         self.store.prepare()
+        self.store.forget_after(self.counters.iteration)
         self.folder.write_text("recipe.yaml", configs.dump(self.recipe))
         self.folder.write_json("environment.json", environment(self.device))
         self.folder.summary.unlink(missing_ok=True)
@@ -353,6 +359,7 @@ class Trainer:
         return Journal(
             self.folder.journal,
             self.folder.path / "tensorboard" if self.recipe.log.tensorboard else None,
+            purge_step=self.counters.iteration,
         )
 
     def _state(self) -> dict[str, Any]:
@@ -368,33 +375,14 @@ class Trainer:
             "recipe": configs.to_dict(self.recipe),
             "data": self.dataset.fingerprints,
             "class_names": list(self.dataset.class_names),
+            "decoders": self._decoders(),
             "world_size": self.world.size,
+            "best_top1": self.best_top1,
         }
 
-    def _find_checkpoint(self, resume: str) -> tuple[Path, dict[str, Any]] | None:
-        if resume == "auto":
-            return self.store.load_latest()
-        holds_run = self.folder.journal.exists() or bool(self.store.entries())
-        if resume == "none":
-            if holds_run:
-                raise ConfigError(
-                    f"--out {self.folder.path}: already holds a run; continue it with --resume "
-                    "auto, or choose another folder."
-                )
-            return None
-        path = Path(resume)
-        if not path.is_file():
-            raise ConfigError(
-                f"--resume {resume}: no such checkpoint; give auto, none or a checkpoint's path."
-            )
-        if path.resolve().parent == self.store.folder.resolve():
-            return path, self.store.load(self.store.folder / path.name)
-        if holds_run:
-            raise ConfigError(
-                f"--out {self.folder.path}: already holds a run, and --resume {resume} belongs to "
-                "another one; choose a fresh folder."
-            )
-        return path, load_verified(path)
+    def _decoders(self) -> list[str]:
+        """Who decodes and scales each split: other ones differ by a few grey levels."""
+        return [self.train_loader.backend, self.val_loader.backend]
 
     def _restore(self, path: Path, state: dict[str, Any], allow: Sequence[str]) -> None:
         """Continue from a verified checkpoint.
@@ -403,29 +391,17 @@ class Trainer:
             ConfigError: recipe, data or number of processes differ in a way that changes results.
             CheckpointError: the contents do not fit the network.
         """
-        changes = {
-            key: pair
-            for key, pair in configs.diff(state["recipe"], configs.to_dict(self.recipe)).items()
-            if not configs.is_harmless(key)
-        }
-        if state["data"] != self.dataset.fingerprints:
-            changes["data"] = ("the checkpoint's videos and labels", "others")
-        if state["world_size"] != self.world.size:
-            changes["world_size"] = (state["world_size"], self.world.size)
-        changes = {key: pair for key, pair in changes.items() if key not in allow}
-        if changes:
-            listed = "; ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changes.items())
-            raise ConfigError(
-                f"resume from {path}: this run differs from the checkpoint in {listed}. Undo the "
-                f"change, choose another --out, or pass --resume-allow {','.join(changes)}."
-            )
         try:
+            current = self._state()
+            check_unchanged(path, state, current, allow)
+            check_tensors(path, state, current)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["momentum"])
             if self.precision.scaler.is_enabled():
                 self.precision.scaler.load_state_dict(state["scaler"])
             self.counters = Counters(**state["counters"])
             self.scores = Scores(**state["scores"]) if state["scores"] is not None else None
-        except (RuntimeError, KeyError, TypeError) as error:
-            raise CheckpointError(path, f"does not fit this run: {error}.") from error
+            self.best_top1 = state["best_top1"]
+        except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(path, f"does not fit this run: {error!r}.") from error
         logger.info("resuming %s at step %d", path, self.counters.iteration)

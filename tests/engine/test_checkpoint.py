@@ -84,6 +84,24 @@ def test_auto_falls_back_to_the_one_before_with_a_warning(store, caplog):
         store.load_latest()
 
 
+def test_checkpoints_beyond_the_resumed_one_are_set_aside(store):
+    for iteration in (1, 2, 3):
+        store.save(_state(iteration), iteration, None)
+    store.forget_after(2)
+    assert [entry.iteration for entry in store.entries()] == [2]
+    assert (store.folder / "step_00000003.pt.stale").is_file()
+    store.save(_state(2.5), 3, None)
+    assert [entry.iteration for entry in store.entries()] == [2, 3]
+    assert store.load_latest()[1]["model"]["w"][0] == 2.5
+
+
+def test_a_non_finite_checkpoint_is_not_loaded(tmp_path):
+    path = tmp_path / "step_00000001.pt"
+    torch.save(_state(float("nan")), path)
+    with pytest.raises(CheckpointError, match=r"model\.w holds a non-finite"):
+        load_verified(path)
+
+
 def test_an_unreadable_index_does_not_lose_the_files(store, caplog):
     store.save(_state(1), 1, 0.5)
     (store.folder / "index.json").write_text("{")

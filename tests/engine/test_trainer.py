@@ -1,6 +1,7 @@
 """Whole runs on a tiny set: learning, exact resume, refusals; in one process."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from accel.engine.dry_run import dry_run
 from accel.engine.run import RunFolder
 from accel.engine.trainer import Trainer
 from accel.errors import CheckpointError, ConfigError, DivergedError
+from pipelines.errors import DataError
 
 KEEP_ALL = {"checkpoint.every_steps": "1", "checkpoint.keep_last": "100"}
 
@@ -135,12 +137,99 @@ def test_a_changed_recipe_or_list_does_not_resume(undisturbed, tiny_recipe, tiny
     _fit(tiny_recipe, out, {"optim.lr": "0.03", "train.max_steps": "3"}, resume_allow=["optim.lr"])
 
 
+def test_going_back_to_an_earlier_checkpoint_sets_the_later_ones_aside(
+    undisturbed, tiny_recipe, tmp_path, steps_of
+):
+    whole, _ = undisturbed
+    out = tmp_path / "run"
+    _fit(tiny_recipe, out, {"train.max_steps": "6", **KEEP_ALL})
+    start = out / "checkpoints" / "step_00000002.pt"
+    _fit(tiny_recipe, out, {"checkpoint.keep_last": "1"}, resume=str(start))
+    assert steps_of(out) == steps_of(whole)
+    assert CheckpointStore(out / "checkpoints").load_latest()[0].name == "step_00000008.pt"
+
+
+def test_what_a_folder_holds_is_not_overwritten(undisturbed, tiny_recipe, tmp_path):
+    out = tmp_path / "run"
+    _fit(tiny_recipe, out, {"train.max_steps": "1"})
+    shutil.rmtree(out / "checkpoints")
+    with pytest.raises(ConfigError, match="results of a run without its checkpoints"):
+        _fit(tiny_recipe, out, {"train.max_steps": "1"})
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "recipe.yaml").write_text("optim: {lr: 0.123}\n")
+    for resume in ("auto", "none"):
+        with pytest.raises(ConfigError, match=r"recipe\.yaml belongs to another run"):
+            _fit(tiny_recipe, mine, resume=resume)
+    assert (mine / "recipe.yaml").read_text() == "optim: {lr: 0.123}\n"
+
+
+def test_a_last_save_that_fails_is_an_error(tiny_recipe, tmp_path, monkeypatch):
+    def full(self, state, iteration, val_top1):
+        raise CheckpointError(self.folder, "could not be written: No space left on device.")
+
+    monkeypatch.setattr(CheckpointStore, "save", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        _fit(tiny_recipe, tmp_path / "run", {"train.max_steps": "1"})
+
+
+def test_one_failed_save_is_forgiven(undisturbed, tiny_recipe, tmp_path, monkeypatch, steps_of):
+    save, calls = CheckpointStore.save, []
+
+    def sometimes(self, state, iteration, val_top1):
+        calls.append(iteration)
+        if iteration == 3:
+            raise CheckpointError(self.folder, "could not be written: No space left on device.")
+        return save(self, state, iteration, val_top1)
+
+    monkeypatch.setattr(CheckpointStore, "save", sometimes)
+    _fit(tiny_recipe, tmp_path / "run", KEEP_ALL)
+    assert 3 in calls and 4 in calls
+    assert steps_of(tmp_path / "run") == steps_of(undisturbed[0])
+
+
+def test_a_file_lost_during_the_run_saves_what_was_reached(
+    undisturbed, tiny_recipe, tiny_root, tmp_path, steps_of
+):
+    root = tmp_path / "copy"
+    shutil.copytree(tiny_root, root)
+    trainer = Trainer(load_recipe(tiny_recipe, {"data.root": str(root)}), tmp_path / "run")
+    victim = trainer.train_loader.samples(1, 4)[0].path
+    content = victim.read_bytes()
+    victim.write_bytes(b"")
+    try:
+        with pytest.raises(DataError, match=victim.name):
+            trainer.fit()
+    finally:
+        trainer.close()
+    assert CheckpointStore(tmp_path / "run" / "checkpoints").entries()
+    victim.write_bytes(content)
+    _fit(tiny_recipe, tmp_path / "run", {"data.root": str(root)})
+    assert steps_of(tmp_path / "run") == steps_of(undisturbed[0])
+
+
+def test_another_decoder_does_not_resume(tiny_recipe, tmp_path):
+    _fit(tiny_recipe, tmp_path / "run", {"train.max_steps": "1"})
+    with pytest.raises(ConfigError, match=r"loader\.decoder: 'auto' -> 'pyav'"):
+        _fit(tiny_recipe, tmp_path / "run", {"loader.decoder": "pyav"})
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "fp16"])
+def test_a_cuda_run_resumes_with_identical_bits(mode, tiny_recipe, tmp_path, steps_of):
+    cuda = {"run.device": "cuda", "run.deterministic": "true", "precision.mode": mode, **KEEP_ALL}
+    _fit(tiny_recipe, tmp_path / "whole", cuda)
+    _fit(tiny_recipe, tmp_path / "run", {"train.max_steps": "5", **cuda})
+    _fit(tiny_recipe, tmp_path / "run", cuda)
+    assert steps_of(tmp_path / "run") == steps_of(tmp_path / "whole")
+
+
 def test_a_folder_in_use_is_refused_and_untouched(tiny_recipe, tmp_path):
     owner = RunFolder(tmp_path / "run")
     owner.acquire()
     with pytest.raises(ConfigError, match="in use by process"):
         _fit(tiny_recipe, tmp_path / "run")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "log.txt"]
     owner.release()
 
 
@@ -175,7 +264,7 @@ def test_dry_run_reports_and_leaves_nothing(tiny_recipe, tmp_path):
     assert report["clips"] == [4, 4, 32, 32, 3]
     assert report["logits"] == [4, 8]
     assert (report["steps_per_epoch"], report["total_steps"]) == (4, 8)
-    assert sorted(path.name for path in (tmp_path / "scratch").iterdir()) == [".lock"]
+    assert not (tmp_path / "scratch" / "checkpoints").exists()
 
 
 def test_batch_sizes_must_divide(tiny_recipe, tmp_path):
