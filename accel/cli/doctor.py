@@ -37,6 +37,7 @@ def _report() -> list[tuple[str, str]]:
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} CPU threads"),
         ("gpu", _gpus()),
+        ("driver", _driver()),
         ("dali", _dali()),
         ("extension", _extension()),
         ("apex", _apex()),
@@ -61,6 +62,21 @@ def _gpus() -> str:
         f"{torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB)"
         for i in range(torch.cuda.device_count())
     )
+
+
+def _driver() -> str:
+    try:
+        import pynvml  # of nvidia-ml-py
+
+        pynvml.nvmlInit()
+    except ImportError:
+        return "unknown (nvidia-ml-py is not installed)"
+    except pynvml.NVMLError as error:
+        return f"none ({error})"
+    try:
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    finally:
+        pynvml.nvmlShutdown()
 
 
 def _dali() -> str:
