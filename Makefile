@@ -33,6 +33,7 @@ lint: setup
 $(installed): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "make: $(PYTHON) is older than Python 3.10; run make PYTHON=python3.11 (or newer)." >&2; exit 2; }
+	@echo "Installing pinned dependencies into $(VENV); the first time this takes minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(python) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@

@@ -70,7 +70,7 @@ def build_loader(
     if split == "train" and len(videos) < global_batch:
         raise DataError(
             f"the training set has {len(videos)} videos, fewer than one global batch "
-            f"({global_batch}); lower train.global_batch or add videos."
+            f"({global_batch}); lower train.global_batch and train.micro_batch, or add videos."
         )
     paths = [record.path for record in videos.records]
     infos = index_videos(

@@ -24,10 +24,10 @@ def main(argv: Sequence[str]) -> int:
     if argv:
         raise ConfigError(f"accel doctor: takes no options, got {' '.join(argv)}.")
     for name, value in _report():
-        print(f"{name:12}{value}")
+        print(f"{name:16}{value}")
     clashes = _clashes()
     for clash in clashes:
-        print(f"problem     {clash}")
+        print(f"{'problem':16}{clash}")
     return 2 if clashes else 0
 
 

@@ -202,16 +202,19 @@ class CheckpointStore:
         Raises:
             CheckpointError: there are checkpoints and none of them is usable.
         """
-        last_error: CheckpointError | None = None
-        for entry in reversed(self.entries()):
+        entries = self.entries()
+        for entry in reversed(entries):
             path = self.folder / entry.name
             try:
                 return path, load_verified(path, entry)
             except CheckpointError as error:
+                if entry is entries[0]:
+                    raise CheckpointError(
+                        path,
+                        f"{error.problem} No other checkpoint here is usable; start again with "
+                        "another --out.",
+                    ) from error
                 logger.warning("%s Trying the checkpoint before it.", error)
-                last_error = error
-        if last_error is not None:
-            raise last_error
         return None
 
 

@@ -1,7 +1,9 @@
 """Rank facts and reductions; the only user of torch.distributed."""
 
+import inspect
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,12 +63,15 @@ class World:
         """
         if self.size == 1:
             return model
-        return nn.parallel.DistributedDataParallel(
+        ddp: Any = nn.parallel.DistributedDataParallel
+        renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # newer torch
+        wrapped: nn.Module = ddp(
             model,
             device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
+            **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},
         )
+        return wrapped
 
 
 def start_world(device_type: str) -> World:

@@ -323,7 +323,10 @@ class Trainer:
         """The videos of both splits; rank 0 first, so that a generated set is written once."""
         if not self.world.is_main:
             self.world.barrier()
-        dataset = open_dataset(self.recipe.data, progress=self.world.is_main)
+        try:
+            dataset = open_dataset(self.recipe.data, progress=self.world.is_main)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         if self.world.is_main:
             self.world.barrier()
         return dataset

@@ -142,6 +142,7 @@ BAD_OPTIONS = [
     (["--optim.lr", "x"], "optim.lr"),
     (["--optm", "3"], "command line"),
     (["--data.root", "/nonexistent"], "/nonexistent"),
+    (["--recipe", "own_videos"], "data.root: expected the folder of the videos"),
     (["--run.device", "cuda"], "run.device: cuda was asked for"),
     (["--precision.mode", "tf32"], "precision.mode"),
     (["--resume", "missing.pt"], "no such checkpoint"),

@@ -80,7 +80,7 @@ def test_auto_falls_back_to_the_one_before_with_a_warning(store, caplog):
     assert state["model"]["w"][0] == 1
     assert "step_00000002.pt" in caplog.text
     (store.folder / "step_00000001.pt").write_bytes(b"")
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="No other checkpoint here is usable"):
         store.load_latest()
 
 

@@ -146,10 +146,13 @@ def test_lists_and_class_count(tmp_path: Path) -> None:
     assert open_dataset(DataConfig(**lists, num_classes=6)).num_classes == 6
     with pytest.raises(AnnotationError, match=r"val.txt:1: .* below 5"):
         open_dataset(DataConfig(**lists, num_classes=5))
+    (tmp_path / "train.txt").write_text("a.mp4 0\nb.mp4 99999999\n")
+    with pytest.raises(AnnotationError, match=r"label 99999999 of 'b\.mp4' with only 2 videos"):
+        open_dataset(DataConfig(**lists))
 
 
 def test_root_must_exist(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.root: expected a folder"):
         open_dataset(DataConfig(root=str(tmp_path / "none")))
-    with pytest.raises(DataError, match=r"data\.root: expected the folder"):
+    with pytest.raises(ValueError, match=r"data\.root: expected the folder"):
         open_dataset(DataConfig())
