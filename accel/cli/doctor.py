@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 import accel
+from accel.engine.run import DALI_PACKAGES
 from accel.errors import ConfigError
 
 PACKAGES = ("numpy", "av", "jsonargparse", "matplotlib", "nvtx", "nvidia-ml-py", "tensorboard")
-DALI_PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -17,6 +17,8 @@ import torch
 from accel.engine.checkpoint import write_atomically
 from accel.errors import ConfigError
 
+DALI_PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -150,14 +152,7 @@ class RunFolder:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, hardware and revision of this run, for results that others can repeat."""
-    packages = (
-        "torch",
-        "numpy",
-        "av",
-        "nvidia-dali-cuda130",
-        "nvidia-dali-cuda120",
-        "nvidia-dali-cuda110",
-    )
+    packages = ("torch", "numpy", "av", *DALI_PACKAGES)
     versions = {}
     for package in packages:
         try:
