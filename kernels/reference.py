@@ -4,7 +4,9 @@ Any device, any floating dtype, any strides, differentiable any number of times.
 of the public functions, which check them.
 """
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def temporal_taps(x: Tensor, w: Tensor, a: Tensor | None = None, *, num_segments: int) -> Tensor:
@@ -20,3 +22,108 @@ def temporal_taps(x: Tensor, w: Tensor, a: Tensor | None = None, *, num_segments
     y[:, 1:] += z[:, :-1] * first
     y[:, :-1] += z[:, 1:] * last
     return y.to(x.dtype).flatten(0, 1)  # [N*T, C, H, W]
+
+
+def mas_fuse(
+    x: Tensor, m: Tensor, b: Tensor, d: Tensor, w: Tensor, *, num_segments: int
+) -> Tensor:
+    """See `kernels.mas_fuse`. Computes in w's dtype, rounds once to x's."""
+    wide = w.dtype
+    motion = torch.einsum("njhw,cj->nchw", m.to(wide), b)  # [N*T, C, H, W]
+    weight, other = d.to(wide).unflatten(1, (2, -1)).softmax(dim=1).unbind(1)  # [N, C, H, W] each
+    weight = weight.repeat_interleave(num_segments, 0)  # [N*T, C, H, W]
+    other = other.repeat_interleave(num_segments, 0)
+    q = weight * motion + other * x.to(wide)
+    return temporal_taps(q, w, num_segments=num_segments).to(x.dtype)
+
+
+def diff_gate_shift(
+    x: Tensor, z: Tensor, v: Tensor, m: Tensor, c: Tensor, w: Tensor, *, num_segments: int
+) -> Tensor:
+    """See `kernels.diff_gate_shift`. Computes in w's dtype, rounds once to x's."""
+    wide = w.dtype
+    gates = [
+        torch.sigmoid(torch.einsum("nrhw,cr->nchw", s.to(wide), m[i]) + c[i][:, None, None])
+        for i, s in enumerate((z, v))
+    ]
+    gated = x.to(wide) * (0.5 + 0.5 * (gates[0] + gates[1]))  # [N*T, C, H, W]
+    return temporal_taps(gated, w, num_segments=num_segments).to(x.dtype)
+
+
+def bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    shortcut: Tensor | None = None,
+    *,
+    relu: bool,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """See `kernels.bn_act`. The norm rounds to x's dtype before the shortcut is added."""
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    if shortcut is not None:
+        y = y + shortcut
+    return F.relu(y) if relu else y
+
+
+def deform_conv(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See `kernels.deform_conv`. Samples in fp32 (fp64), one gather per corner."""
+    batch, channels, height, width = x.shape
+    k = weight.shape[-1]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    shift = offset.to(wide).reshape(batch, k * k, 2, height, width)
+    taps = torch.arange(k, device=x.device, dtype=wide) - k // 2
+    rows = torch.arange(height, device=x.device, dtype=wide)[:, None]  # [H, 1]
+    columns = torch.arange(width, device=x.device, dtype=wide)  # [W]
+    y = shift[:, :, 0] + taps.repeat_interleave(k)[:, None, None] + rows  # [B, k*k, H, W]
+    z = shift[:, :, 1] + taps.repeat(k)[:, None, None] + columns
+    inside = (y > -1) & (y < height) & (z > -1) & (z < width)
+    top, left = y.floor(), z.floor()
+    down, right = y - top, z - left  # within the cell; the derivative of floor is 0
+    flat = x.to(wide).flatten(2)  # [B, C, H*W]
+    samples = x.new_zeros((batch, channels, k * k, height, width), dtype=wide)
+    for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        i, j = top + dy, left + dx
+        exists = inside & (i >= 0) & (i < height) & (j >= 0) & (j < width)
+        index = (i.clamp(0, height - 1) * width + j.clamp(0, width - 1)).long()
+        share = (down if dy else 1 - down) * (right if dx else 1 - right)
+        share = torch.where(exists, share, torch.zeros_like(share))  # [B, k*k, H, W]
+        corner = flat.gather(2, index.flatten(1)[:, None].expand(-1, channels, -1))
+        samples = samples + corner.view_as(samples) * share[:, None]
+    out = torch.einsum("bcqhw,ocq->bohw", samples, weight.to(wide).flatten(2))
+    if bias is not None:
+        out = out + bias.to(wide)[:, None, None]
+    return out.to(x.dtype)
+
+
+def branch_fuse(f1: Tensor, f2: Tensor, f3: Tensor, s: Tensor, *, num_segments: int) -> Tensor:
+    """See `kernels.branch_fuse`. Computes in s's dtype, rounds once to the branches'."""
+    shares = s.repeat_interleave(num_segments, 0)[..., None, None]  # [N*T, 3, C, 1, 1]
+    terms = [f.to(s.dtype) * shares[:, i] for i, f in enumerate((f1, f2, f3))]
+    return (terms[0] + terms[1] + terms[2]).to(f1.dtype)
+
+
+def ingest(
+    frames: Tensor, mean: Tensor, std: Tensor, *, dtype: torch.dtype, channels: int
+) -> Tensor:
+    """See `kernels.ingest`. One multiply-add in fp32, one rounding to `dtype`."""
+    wide = mean.dtype
+    repeats = frames.shape[-1] // 3
+    scale = (1.0 / (std * 255.0)).repeat(repeats)
+    offset = (-mean / std).repeat(repeats)
+    y = torch.addcmul(offset, frames.to(wide), scale)  # [B, H, W, 3*L]
+    y = F.pad(y, (0, channels - y.shape[-1])).to(dtype)
+    return y.permute(0, 3, 1, 2)  # [B, channels, H, W], channels_last
+
+
+def ingest_differences(frames: Tensor, std: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """See `kernels.ingest_differences`. The mean cancels: exact differences of the stored bytes."""
+    repeats = frames.shape[-1] // 3 - 1
+    scale = (1.0 / (std * 255.0)).repeat(repeats)
+    wide = frames.to(scale.dtype)
+    y = (wide[..., 3:] - wide[..., :-3]) * scale  # [B, H, W, 3*(L-1)]
+    return y.to(dtype).permute(0, 3, 1, 2)

@@ -11,8 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-TemporalFactory = Callable[[int], nn.Module]
-"""Makes the temporal module of one block, given the channels at the slot."""
+from accel.models.norm import BatchNormAct2d
+
+TemporalFactory = Callable[[int, int], nn.Module | None]
+"""Makes the temporal module of one block (None: none), given the channels at the slot and the
+stage, 1..4."""
 
 BLOCKS_PER_STAGE = {
     18: (2, 2, 2, 2),
@@ -22,9 +25,10 @@ BLOCKS_PER_STAGE = {
 }
 
 
-def _shortcut(inplanes: int, outplanes: int, stride: int) -> nn.Sequential:
+def _shortcut(inplanes: int, outplanes: int, stride: int, bias: bool) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(inplanes, outplanes, 1, stride=stride, bias=False), nn.BatchNorm2d(outplanes)
+        nn.Conv2d(inplanes, outplanes, 1, stride=stride, bias=bias),
+        BatchNormAct2d(outplanes, relu=False),
     )
 
 
@@ -36,6 +40,7 @@ class BasicBlock(nn.Module):
         planes: channels of both convolutions and of the output.
         stride: s, of the first convolution and of the shortcut.
         downsample: put a 1x1 convolution and a batch norm on the shortcut.
+        bias: give the convolutions biases.
         temporal: module for the slot, keeps the shape [NT, planes, H/s, W/s]; none: identity.
     """
 
@@ -48,24 +53,23 @@ class BasicBlock(nn.Module):
         *,
         stride: int = 1,
         downsample: bool = False,
+        bias: bool = False,
         temporal: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.downsample = _shortcut(inplanes, planes, stride) if downsample else nn.Identity()
+        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride=stride, padding=1, bias=bias)
+        self.bn1 = BatchNormAct2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=bias)
+        self.bn2 = BatchNormAct2d(planes)
+        self.downsample = _shortcut(inplanes, planes, stride, bias) if downsample else nn.Identity()
         self.temporal = temporal or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.relu(self.bn1(self.conv1(x)))  # [NT, planes, H/s, W/s]
+        y: Tensor = self.bn1(self.conv1(x))  # [NT, planes, H/s, W/s]
         # Our extension: the published temporal modules exist for bottlenecks only. The slot is at
         # the same place, after the first convolution, which here already has the stride.
         y = self.temporal(y)
-        y = self.bn2(self.conv2(y))
-        y = self.relu(y + self.downsample(x))
+        y = self.bn2(self.conv2(y), self.downsample(x))
         return y
 
 
@@ -77,6 +81,7 @@ class Bottleneck(nn.Module):
         planes: channels of the first two convolutions and of the slot.
         stride: s, of the 3x3 convolution and of the shortcut.
         downsample: put a 1x1 convolution and a batch norm on the shortcut.
+        bias: give the convolutions biases.
         temporal: module for the slot between the first two convolutions, keeps the shape
             [NT, planes, H, W] (before the stride); none: identity.
     """
@@ -90,26 +95,27 @@ class Bottleneck(nn.Module):
         *,
         stride: int = 1,
         downsample: bool = False,
+        bias: bool = False,
         temporal: nn.Module | None = None,
     ) -> None:
         super().__init__()
         outplanes = planes * self.expansion
-        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(planes, planes, 3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.conv3 = nn.Conv2d(planes, outplanes, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(outplanes)
-        self.downsample = _shortcut(inplanes, outplanes, stride) if downsample else nn.Identity()
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=bias)
+        self.bn1 = BatchNormAct2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride=stride, padding=1, bias=bias)
+        self.bn2 = BatchNormAct2d(planes)
+        self.conv3 = nn.Conv2d(planes, outplanes, 1, bias=bias)
+        self.bn3 = BatchNormAct2d(outplanes)
+        self.downsample = (
+            _shortcut(inplanes, outplanes, stride, bias) if downsample else nn.Identity()
+        )
         self.temporal = temporal or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.relu(self.bn1(self.conv1(x)))  # [NT, planes, H, W]
+        y: Tensor = self.bn1(self.conv1(x))  # [NT, planes, H, W]
         y = self.temporal(y)
-        y = self.relu(self.bn2(self.conv2(y)))  # [NT, planes, H/s, W/s]
-        y = self.bn3(self.conv3(y))  # [NT, 4*planes, H/s, W/s]
-        y = self.relu(y + self.downsample(x))
+        y = self.bn2(self.conv2(y))  # [NT, planes, H/s, W/s]
+        y = self.bn3(self.conv3(y), self.downsample(x))  # [NT, 4*planes, H/s, W/s]
         return y
 
 
@@ -125,6 +131,8 @@ class ResNet(nn.Module):
         stages: number of stages kept, 1..4.
         stem: "imagenet": 7x7 convolution of stride 2 and 3x3 max-pool of stride 2;
             "small" (for inputs below about 100 pixels): 3x3 convolution of stride 2 alone.
+        bias: give all convolutions biases.
+        in_channels: of the frames.
         temporal: makes the temporal module of each block; none: plain ResNet.
     """
 
@@ -135,6 +143,8 @@ class ResNet(nn.Module):
         width: int = 64,
         stages: int = 4,
         stem: Literal["imagenet", "small"] = "imagenet",
+        bias: bool = False,
+        in_channels: int = 3,
         temporal: TemporalFactory | None = None,
     ) -> None:
         super().__init__()
@@ -144,9 +154,8 @@ class ResNet(nn.Module):
             raise ValueError(f"ResNet: stages must be in 1..4, got {stages}.")
         small = stem == "small"
         kernel = 3 if small else 7
-        self.conv1 = nn.Conv2d(3, width, kernel, stride=2, padding=kernel // 2, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
+        self.conv1 = nn.Conv2d(in_channels, width, kernel, stride=2, padding=kernel // 2, bias=bias)
+        self.bn1 = BatchNormAct2d(width)
         self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, stride=2, padding=1)
 
         block: type[BasicBlock] | type[Bottleneck] = BasicBlock if depth < 50 else Bottleneck
@@ -164,7 +173,8 @@ class ResNet(nn.Module):
                         planes,
                         stride=stride,
                         downsample=stride != 1 or inplanes != outplanes,
-                        temporal=temporal(planes) if temporal else None,
+                        bias=bias,
+                        temporal=temporal(planes, i + 1) if temporal else None,
                     )
                 )
                 inplanes = outplanes
@@ -186,7 +196,7 @@ class ResNet(nn.Module):
             [NT, out_channels, h, w], channels_last.
         """
         x = frames.contiguous(memory_format=torch.channels_last)
-        x = self.relu(self.bn1(self.conv1(x)))  # [NT, width, H/2, W/2]
+        x = self.bn1(self.conv1(x))  # [NT, width, H/2, W/2]
         x = self.maxpool(x)  # [NT, width, H/4, W/4]
         for name in self.stage_names:
             x = self.get_submodule(name)(x)  # [NT, C_i, H/2^(i+2), W/2^(i+2)]

@@ -112,7 +112,7 @@ def tanet(
         partial_bn: see `ClipNetwork.set_partial_bn`.
     """
 
-    def tam(channels: int) -> TAM:
+    def tam(channels: int, _stage: int) -> TAM:
         return TAM(channels, num_segments)
 
     trunk = ResNet(depth, width=width, stages=stages, stem=stem, temporal=tam if temporal else None)
