@@ -24,9 +24,7 @@ def temporal_taps(x: Tensor, w: Tensor, a: Tensor | None = None, *, num_segments
     return y.to(x.dtype).flatten(0, 1)  # [N*T, C, H, W]
 
 
-def mas_fuse(
-    x: Tensor, m: Tensor, b: Tensor, d: Tensor, w: Tensor, *, num_segments: int
-) -> Tensor:
+def mas_fuse(x: Tensor, m: Tensor, b: Tensor, d: Tensor, w: Tensor, *, num_segments: int) -> Tensor:
     """See `kernels.mas_fuse`. Computes in w's dtype, rounds once to x's."""
     wide = w.dtype
     motion = torch.einsum("njhw,cj->nchw", m.to(wide), b)  # [N*T, C, H, W]
@@ -108,22 +106,33 @@ def branch_fuse(f1: Tensor, f2: Tensor, f3: Tensor, s: Tensor, *, num_segments: 
 
 
 def ingest(
-    frames: Tensor, mean: Tensor, std: Tensor, *, dtype: torch.dtype, channels: int
+    frames: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    dtype: torch.dtype,
+    frames_per_segment: int,
+    channels: int,
 ) -> Tensor:
-    """See `kernels.ingest`. One multiply-add in fp32, one rounding to `dtype`."""
-    wide = mean.dtype
-    repeats = frames.shape[-1] // 3
-    scale = (1.0 / (std * 255.0)).repeat(repeats)
-    offset = (-mean / std).repeat(repeats)
-    y = torch.addcmul(offset, frames.to(wide), scale)  # [B, H, W, 3*L]
+    """See `kernels.ingest`. One multiply-add in mean's dtype, one rounding to `dtype`."""
+    scale = (1.0 / (std * 255.0)).repeat(frames_per_segment)
+    offset = (-mean / std).repeat(frames_per_segment)
+    stacked = _stack_frames(frames, frames_per_segment).to(mean.dtype)
+    y = torch.addcmul(offset, stacked, scale)  # [B, H, W, 3*L]
     y = F.pad(y, (0, channels - y.shape[-1])).to(dtype)
     return y.permute(0, 3, 1, 2)  # [B, channels, H, W], channels_last
 
 
-def ingest_differences(frames: Tensor, std: Tensor, *, dtype: torch.dtype) -> Tensor:
+def ingest_differences(
+    frames: Tensor, std: Tensor, *, dtype: torch.dtype, frames_per_segment: int
+) -> Tensor:
     """See `kernels.ingest_differences`. The mean cancels: exact differences of the stored bytes."""
-    repeats = frames.shape[-1] // 3 - 1
-    scale = (1.0 / (std * 255.0)).repeat(repeats)
-    wide = frames.to(scale.dtype)
+    scale = (1.0 / (std * 255.0)).repeat(frames_per_segment - 1)
+    wide = _stack_frames(frames, frames_per_segment).to(std.dtype)
     y = (wide[..., 3:] - wide[..., :-3]) * scale  # [B, H, W, 3*(L-1)]
-    return y.to(dtype).permute(0, 3, 1, 2)
+    return y.to(dtype).permute(0, 3, 1, 2)  # channels_last
+
+
+def _stack_frames(frames: Tensor, frames_per_segment: int) -> Tensor:
+    """[B*L, H, W, 3] -> [B, H, W, 3*L], frame-major channels."""
+    return frames.unflatten(0, (-1, frames_per_segment)).permute(0, 2, 3, 1, 4).flatten(3)
