@@ -53,7 +53,7 @@ def extension() -> dict[str, object]:
         return {}
 
     obstacle = cuda_obstacle(torch.version.cuda, cpp_extension.CUDA_HOME)
-    sources = [CSRC / "bindings.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
+    sources = [*sorted((CSRC / "bindings").glob("*.cpp")), *sorted((CSRC / "cpu").glob("*.cpp"))]
     headers = [*CSRC.glob("**/*.h"), *CSRC.glob("**/*.cuh")]
     openmp = ["-fopenmp"] if torch.backends.openmp.is_available() and os.name == "posix" else []
     flags = {"cxx": ["-O3", "-Wall", *openmp]}

@@ -28,7 +28,9 @@ def mas_fuse(x: Tensor, m: Tensor, b: Tensor, d: Tensor, w: Tensor, *, num_segme
     """See `kernels.mas_fuse`. Computes in w's dtype, rounds once to x's."""
     wide = w.dtype
     motion = torch.einsum("njhw,cj->nchw", m.to(wide), b)  # [N*T, C, H, W]
-    weight, other = d.to(wide).unflatten(1, (2, -1)).softmax(dim=1).unbind(1)  # [N, C, H, W] each
+    weight, other = (
+        torch.unflatten(d.to(wide), 1, (2, -1)).softmax(dim=1).unbind(1)
+    )  # [N, C, H, W] each
     weight = weight.repeat_interleave(num_segments, 0)  # [N*T, C, H, W]
     other = other.repeat_interleave(num_segments, 0)
     q = weight * motion + other * x.to(wide)
@@ -135,4 +137,5 @@ def ingest_differences(
 
 def _stack_frames(frames: Tensor, frames_per_segment: int) -> Tensor:
     """[B*L, H, W, 3] -> [B, H, W, 3*L], frame-major channels."""
-    return frames.unflatten(0, (-1, frames_per_segment)).permute(0, 2, 3, 1, 4).flatten(3)
+    segments = torch.unflatten(frames, 0, (-1, frames_per_segment))  # [B, L, H, W, 3]
+    return segments.permute(0, 2, 3, 1, 4).flatten(3)

@@ -1,34 +1,37 @@
-"""Bandwidth of each temporal operator at the sites of ResNet-50, against a copy and eager PyTorch.
+"""Bandwidth of each operator at the sites of ResNet-50, against a copy, eager and compiled PyTorch.
 
     python profile/kernels_bench.py                        # CPU: the C++ twins
-    python profile/kernels_bench.py --device cuda --batch 16 --json
+    python profile/kernels_bench.py --ops mas_fuse,bn_act --quick
+    python profile/kernels_bench.py --device cuda --batch 16 --compile --json
 
-See profile/README.md for the columns.
+Each operator has a file in profile/kernel_cases; see profile/README.md for the columns.
 """
 
 import argparse
-import itertools
+import importlib
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
+sys.path.insert(0, str(Path(__file__).parent))  # so that tests can load this file as a module
+
+from kernel_cases.case import Case, Code, Setting
 
 # (channels, H = W) of the temporal modules in ResNet-50 at 224 x 224: after conv1 of each block.
 SITES = [(64, 56), (128, 56), (128, 28), (256, 28), (256, 14), (512, 14), (512, 7)]
 QUICK_SITES = [(64, 56), (256, 14), (512, 7)]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Form of temporal_taps: (taps per sample, gate).
-FORMS = {"tam": (True, True), "shift": (False, False)}
-# Passes over one activation tensor that no implementation can avoid.
-FLOOR_PASSES = {"forward": 2, "backward": 3}
+OPS = sorted(
+    path.stem for path in Path(__file__).parent.glob("kernel_cases/*.py") if path.stem != "case"
+)
 CACHE_BYTES = 256 * 2**20  # written before each CUDA launch, so that it starts with a cold L2
 
 
@@ -47,22 +50,6 @@ class Row:
     gb_s: float
     copy_gb_s: float
     of_copy: float
-
-
-def original_chain(x: Tensor, w: Tensor, a: Tensor | None, num_segments: int) -> Tensor:
-    """The computation as published models run it: NCHW copies around a grouped convolution.
-
-    To [N, C, T, H, W], gate, one convolution with N*C groups over a [1, N*C, T, H*W] view, back.
-    """
-    batch, channels, size = x.shape[0] // num_segments, x.shape[1], x.shape[2:]
-    clips = x.view(batch, num_segments, channels, *size).transpose(1, 2).contiguous()
-    if a is not None:
-        clips = clips * a.transpose(1, 2)[..., None, None]
-    taps = w.expand(batch, channels, 3).reshape(batch * channels, 1, 3, 1).to(x.dtype)
-    rows = clips.to(x.dtype).view(1, batch * channels, num_segments, -1)
-    rows = F.conv2d(rows, taps, padding=(1, 0), groups=batch * channels)
-    clips = rows.view(batch, channels, num_segments, *size)
-    return clips.transpose(1, 2).reshape(x.shape)
 
 
 class Timer:
@@ -95,45 +82,46 @@ class Timer:
         return start.elapsed_time(end) / 1e3
 
 
-def temporal_taps_rows(
-    timer: Timer, sites: list[tuple[int, int]], batch: int, num_segments: int, dtype: torch.dtype
-) -> Iterator[Row]:
-    """Measurements of temporal_taps: operator, eager reference, published chain."""
-    for (channels, size), (form, (per_sample, gated)) in itertools.product(sites, FORMS.items()):
-        shape = (batch * num_segments, channels, size, size)
-        nchw = torch.randn(shape, device=timer.device).to(dtype)
-        w = torch.randn((batch, channels, 3) if per_sample else (channels, 3), device=timer.device)
-        a = torch.rand(batch, num_segments, channels, device=timer.device) if gated else None
-        leaves = [v.requires_grad_() for v in (w, a) if v is not None]
-        nhwc = nchw.to(memory_format=torch.channels_last)
-        target, bytes_per_pass = torch.empty_like(nhwc), nchw.numel() * nchw.element_size()
-        copy_s, _ = timer(lambda t=target, s=nhwc: t.copy_(s))
-        copy_gb_s = 2 * bytes_per_pass / copy_s / 1e9
+def copy_rate(timer: Timer, case: Case) -> float:
+    """GB/s of a device copy of the case's largest input, read and write counted."""
+    tensors = [x for code in case.codes.values() for x in code.inputs if x is not None]
+    source = max(tensors, key=lambda x: x.numel() * x.element_size()).detach()
+    target = torch.empty_like(source)
+    seconds, _ = timer(lambda: target.copy_(source))
+    return 2 * source.numel() * source.element_size() / seconds / 1e9
 
-        def taps(x: Tensor, backend: str, w: Tensor = w, a: Tensor | None = a) -> Tensor:
-            return kernels.temporal_taps(x, w, a, num_segments=num_segments, backend=backend)
 
-        compiled = "cuda" if timer.device == "cuda" else "cpp"
-        implementations = {
-            compiled: (nhwc, lambda x, f=taps, backend=compiled: f(x, backend)),
-            "reference": (nhwc, lambda x, f=taps: f(x, "reference")),
-            "original": (nchw, lambda x, w=w, a=a: original_chain(x, w, a, num_segments)),
-        }
-        for implementation, (source, function) in implementations.items():
-            x = source.detach().requires_grad_()
-            y = function(x)
-            grad = torch.randn_like(y)
-            calls = {
-                "forward": lambda f=function, x=x: f(x),
-                "backward": lambda y=y, x=x, grad=grad, leaves=leaves: torch.autograd.grad(
-                    y, [x, *leaves], grad, retain_graph=True
-                ),
-            }
-            for direction, call in calls.items():
-                median, best = timer(call)
-                gb_s = FLOOR_PASSES[direction] * bytes_per_pass / median / 1e9
-                site = ("temporal_taps", form, channels, size, direction, implementation)
-                yield Row(*site, median * 1e6, best * 1e6, gb_s, copy_gb_s, gb_s / copy_gb_s)
+def calls_of(case: Case, code: Code) -> dict[str, Callable[[], object]]:
+    """What is timed: the forward pass, and the backward pass of one forward pass."""
+    inputs = [
+        x.detach().requires_grad_("backward" in case.floor_bytes and x.is_floating_point())
+        if x is not None
+        else None
+        for x in code.inputs
+    ]
+    calls: dict[str, Callable[[], object]] = {"forward": lambda: code.function(*inputs)}
+    if "backward" in case.floor_bytes:
+        outputs = code.function(*inputs)
+        outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        leaves = [x for x in inputs if x is not None and x.requires_grad]
+        grads = [torch.randn_like(y) for y in outputs]
+        calls["backward"] = lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+    return calls
+
+
+def measure(timer: Timer, case: Case, compiled: bool) -> Iterator[Row]:
+    """All implementations of one case, and the compiled reference if wanted."""
+    copy_gb_s = copy_rate(timer, case)
+    codes = dict(case.codes)
+    if compiled:
+        reference = codes["reference"]
+        codes["compile"] = Code(torch.compile(reference.function), reference.inputs)
+    for name, code in codes.items():
+        for direction, call in calls_of(case, code).items():
+            median, best = timer(call)
+            gb_s = case.floor_bytes[direction] / median / 1e9
+            site = (case.op, case.form, case.channels, case.size, direction, name)
+            yield Row(*site, median * 1e6, best * 1e6, gb_s, copy_gb_s, gb_s / copy_gb_s)
 
 
 def environment(args: argparse.Namespace) -> dict[str, object]:
@@ -159,12 +147,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     parser.add_argument("--warmups", type=int, help="default: 20 on CUDA, 1 on CPU")
     parser.add_argument("--repeats", type=int, help="default: 100 on CUDA, 5 on CPU")
+    parser.add_argument("--ops", default=",".join(OPS), help="default: all; %(default)s")
+    parser.add_argument("--compile", action="store_true", help="also the compiled reference")
     parser.add_argument("--quick", action="store_true", help="three of the seven sites")
     parser.add_argument("--json", action="store_true", help="JSON as the last line of stdout")
     args = parser.parse_args()
     cuda = args.device == "cuda"
     if cuda and not torch.cuda.is_available():
         parser.error("--device cuda: this process sees no CUDA device.")
+    args.ops = args.ops.split(",")
+    if unknown := set(args.ops) - set(OPS):
+        parser.error(f"--ops: unknown {', '.join(sorted(unknown))}; one of {', '.join(OPS)}")
     args.dtype = args.dtype or ("fp16" if cuda else "fp32")
     args.batch = args.batch or (8 if cuda else 1)
     args.warmups = args.warmups or (20 if cuda else 1)
@@ -178,19 +171,31 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     timer = Timer(args.device, args.warmups, args.repeats)
-    sites = QUICK_SITES if args.quick else SITES
+    setting = Setting(
+        device=args.device,
+        backend="cuda" if args.device == "cuda" else "cpp",
+        dtype=DTYPES[args.dtype],
+        batch=args.batch,
+        num_segments=args.num_segments,
+        sites=QUICK_SITES if args.quick else SITES,
+    )
     facts = environment(args)
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    print("form      C   HxW direction code      median us    best us     GB/s of copy")
+    print(
+        "operator         form          C   HxW direction code      median us    best us     GB/s "
+        "of copy"
+    )
     rows = []
-    for row in temporal_taps_rows(timer, sites, args.batch, args.num_segments, DTYPES[args.dtype]):
-        rows.append(row)
-        print(
-            f"{row.form:5} {row.channels:5} {row.size:2}x{row.size:2} {row.direction:9} "
-            f"{row.implementation:9} {row.median_us:9.1f} {row.best_us:10.1f} {row.gb_s:8.1f} "
-            f"{row.of_copy:7.0%}",
-            flush=True,
-        )
+    for op in args.ops:
+        for case in importlib.import_module(f"kernel_cases.{op}").cases(setting):
+            for row in measure(timer, case, args.compile):
+                rows.append(row)
+                print(
+                    f"{row.op:16} {row.form:9} {row.channels:5} {row.size:2}x{row.size:2} "
+                    f"{row.direction:9} {row.implementation:9} {row.median_us:9.1f} "
+                    f"{row.best_us:10.1f} {row.gb_s:8.1f} {row.of_copy:7.0%}",
+                    flush=True,
+                )
     if args.json:
         print(json.dumps({"environment": facts, "rows": [asdict(row) for row in rows]}))
 

@@ -1,5 +1,6 @@
 """The measuring scripts of profile/ keep working: small CPU runs, and the report without a GPU."""
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-import kernels
+from kernels import _library
 
 PROFILE = Path(__file__).resolve().parents[2] / "profile"
 
@@ -22,24 +23,33 @@ def load(name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("per_sample", [False, True])
-@pytest.mark.parametrize("gated", [False, True])
-def test_original_chain_computes_the_same(per_sample: bool, gated: bool) -> None:
-    x = torch.randn(8, 6, 3, 5, dtype=torch.float64)
-    w = torch.randn((2, 6, 3) if per_sample else (6, 3), dtype=torch.float64)
-    a = torch.rand(2, 4, 6, dtype=torch.float64) if gated else None
-    expected = kernels.temporal_taps(x, w, a, num_segments=4, backend="reference")
-    actual = load("kernels_bench").original_chain(x, w, a, 4)
-    torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
-
-
-@pytest.mark.needs_extension
-def test_kernels_bench_measures_every_implementation() -> None:
+def small_cases() -> list[pytest.param]:
+    """Every case of every operator at a tiny size."""
     bench = load("kernels_bench")
-    timer = bench.Timer("cpu", warmups=0, repeats=1)
-    rows = list(bench.temporal_taps_rows(timer, [(8, 4)], 1, 2, torch.float32))
-    assert len(rows) == 2 * 3 * 2  # forms, implementations, directions
-    assert {row.implementation for row in rows} == {"cpp", "reference", "original"}
+    backend = "cpp" if _library.AVAILABLE else "reference"
+    setting = bench.Setting("cpu", backend, torch.float64, 2, 4, [(64, 6)])
+    return [
+        pytest.param(case, id=f"{op}-{case.form}")
+        for op in bench.OPS
+        for case in importlib.import_module(f"kernel_cases.{op}").cases(setting)
+    ]
+
+
+@pytest.mark.parametrize("case", small_cases())
+def test_original_chain_computes_the_same(case: object) -> None:
+    expected = case.codes["reference"]
+    expected = expected.function(*expected.inputs)
+    for code in case.codes.values():
+        actual = code.function(*code.inputs)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", small_cases())
+def test_every_implementation_is_measured(case: object) -> None:
+    bench = load("kernels_bench")
+    rows = list(bench.measure(bench.Timer("cpu", warmups=0, repeats=1), case, False))
+    assert len(rows) == len(case.codes) * len(case.floor_bytes)
+    assert {row.implementation for row in rows} == set(case.codes)
     assert all(row.median_us > 0 and row.gb_s > 0 for row in rows)
 
 

@@ -1,6 +1,7 @@
 """Compiles all CUDA code for every supported GPU and guards registers, shared memory and spills.
 
-`python tests/kernels/test_device_compile.py` rewrites the table kernels/csrc/cuda/resources.csv.
+`python tests/kernels/test_device_compile.py [NAME...]` rewrites the tables
+kernels/csrc/cuda/resources/NAME.csv, one for each .cu file (default: all).
 """
 
 import csv
@@ -8,7 +9,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "kernels" / "csrc"
-TABLE = CSRC / "cuda" / "resources.csv"
+SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
+TABLES = CSRC / "cuda" / "resources"
 ARCHITECTURES = (75, 80, 86, 89, 90)
 COLUMNS = ("kernel", "sm", "registers", "shared_bytes", "spill_bytes")
 REGISTERS_TOLERATED = 16  # more than in the table: compilers differ, mistakes differ more
@@ -67,21 +68,18 @@ def resources(report: str) -> dict[tuple[str, int], dict[str, int]]:
     return rows
 
 
-def measure() -> dict[tuple[str, int], dict[str, int]]:
-    """Resources of every kernel for every architecture."""
-    rows = {}
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        sources = sorted((CSRC / "cuda").glob("*.cu"))
-        for report in pool.map(lambda source: compile_source(source, Path(folder)), sources):
-            rows.update(resources(report))
-    return rows
+def measure(source: Path) -> dict[tuple[str, int], dict[str, int]]:
+    """Resources of every kernel of a source for every architecture."""
+    with tempfile.TemporaryDirectory() as folder:
+        return resources(compile_source(source, Path(folder)))
 
 
-def test_resources_are_those_of_the_table() -> None:
-    with TABLE.open(newline="") as file:
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_resources_are_those_of_the_table(source: Path) -> None:
+    with (TABLES / f"{source.stem}.csv").open(newline="") as file:
         table = {(row["kernel"], int(row["sm"])): row for row in csv.DictReader(file)}
-    measured = measure()
-    assert measured.keys() == table.keys(), f"rewrite {TABLE.name}: run {Path(__file__).name}"
+    measured = measure(source)
+    assert measured.keys() == table.keys(), f"run {Path(__file__).name} {source.stem}"
     for key, row in measured.items():
         before = {name: int(value) for name, value in table[key].items() if name != "kernel"}
         assert row["spill_bytes"] <= before["spill_bytes"], key
@@ -89,8 +87,13 @@ def test_resources_are_those_of_the_table() -> None:
         assert row["registers"] <= before["registers"] + REGISTERS_TOLERATED, key
 
 
-def test_bindings_compile_with_cuda(tmp_path: Path) -> None:
-    """The CUDA half of bindings.cpp, syntax only: torch's CPU wheels carry the c10/cuda headers."""
+def test_every_table_has_a_source() -> None:
+    assert {path.stem for path in TABLES.glob("*.csv")} == {path.stem for path in SOURCES}
+
+
+@pytest.mark.parametrize("source", sorted((CSRC / "bindings").glob("*.cpp")), ids=lambda s: s.stem)
+def test_bindings_compile_with_cuda(source: Path, tmp_path: Path) -> None:
+    """The CUDA half of a binding, syntax only: torch's CPU wheels carry the c10/cuda headers."""
     listing = subprocess.run(
         ["nvcc", "-M", "-x", "cu", "-"],
         input="#include <cuda_runtime_api.h>\n",
@@ -107,17 +110,21 @@ def test_bindings_compile_with_cuda(tmp_path: Path) -> None:
     command = ["c++", "-std=c++20", "-fsyntax-only", "-DACCEL_WITH_CUDA", "-Wall", "-Werror"]
     command += [f"-I{CSRC}", f"-I{tmp_path}", "-isystem", toolkit, "-isystem", str(torch_include)]
     command += ["-isystem", str(torch_include / "torch/csrc/api/include")]
-    result = subprocess.run([*command, str(CSRC / "bindings.cpp")], capture_output=True, text=True)
+    result = subprocess.run([*command, str(source)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
 def main() -> None:
-    rows = sorted(measure().items())
-    with TABLE.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows((name, sm, *row.values()) for (name, sm), row in rows)
-    sys.stdout.write(f"{TABLE}: {len(rows)} rows\n")
+    TABLES.mkdir(exist_ok=True)
+    for source in SOURCES:
+        if sys.argv[1:] and source.stem not in sys.argv[1:]:
+            continue
+        rows = sorted(measure(source).items())
+        with (TABLES / f"{source.stem}.csv").open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(COLUMNS)
+            writer.writerows((name, sm, *row.values()) for (name, sm), row in rows)
+        sys.stdout.write(f"{source.stem}: {len(rows)} rows\n")
 
 
 if __name__ == "__main__":

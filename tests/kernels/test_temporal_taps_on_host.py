@@ -1,11 +1,7 @@
-"""The CUDA kernels: the .cu files compiled as C++ and run on the host (see host_cuda.h)."""
+"""temporal_taps: the CUDA kernels compiled as C++ and run on the host (see host_cuda.h)."""
 
 import ctypes
-import hashlib
-import re
-import shutil
-import subprocess
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,11 +9,6 @@ import torch
 from kernels import reference
 
 pytestmark = pytest.mark.needs_nvcc
-
-ROOT = Path(__file__).resolve().parents[2]
-CSRC = ROOT / "kernels" / "csrc"
-SHIM = Path(__file__).with_name("host_cuda.h")
-BUILD = ROOT / "build" / "host_cuda"
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc DType
 # Relative to the sum of absolute terms: twice the rounding of the type, plus the fp32 accumulation.
@@ -27,20 +18,6 @@ BOUND = {
     torch.float16: 2 * 2.0**-11,
     torch.bfloat16: 2 * 2.0**-8,
 }
-
-WARP_SUM = r"""
-__global__ void sum_kernel(const float* in, float* out) {
-  __shared__ float warps[3];
-  float value = in[blockIdx.x * 96 + threadIdx.x];
-  for (int step = 16; step > 0; step /= 2) value += __shfl_down_sync(~0u, value, step);
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
-  __syncthreads();
-  if (threadIdx.x == 0) out[blockIdx.x] = warps[0] + warps[1] + warps[2];
-}
-extern "C" void block_sums(const float* in, float* out) {
-  ACCEL_LAUNCH(sum_kernel, 4, 96, nullptr, in, out);
-}
-"""
 
 
 class Shape(ctypes.Structure):
@@ -64,53 +41,9 @@ class Backward(Shape):
     ]
 
 
-def cuda_include_flags() -> list[str]:
-    """-I flags of the toolkit's headers, from nvcc's own list of what cuda_fp16.h pulls in."""
-    listing = subprocess.run(
-        ["nvcc", "-M", "-x", "cu", "-"],
-        input="#include <cuda_fp16.h>\n",
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    found = {
-        re.sub(f"/{header}$", "", path)
-        for path in listing.replace("\\\n", " ").split()
-        for header in ("cuda_fp16.h", "nv/target")
-        if path.endswith(f"/{header}")
-    }
-    return [f"-I{directory}" for directory in sorted(found)]
-
-
-def build(sources: list[Path]) -> ctypes.CDLL:
-    """Compile .cu sources as C++ into a shared library, once for each state of the sources."""
-    inputs = [SHIM, *sources, *sorted(CSRC.glob("**/*.h")), *sorted(CSRC.glob("**/*.cuh"))]
-    key = hashlib.sha256(b"".join(path.read_bytes() for path in inputs)).hexdigest()[:16]
-    library = BUILD / f"{sources[0].stem}-{key}.so"
-    if not library.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        unfinished = library.with_suffix(f".{id(sources)}.tmp")
-        command = [shutil.which("c++") or "g++", "-std=c++17", "-O1", "-shared", "-fPIC"]
-        command += ["-include", str(SHIM), f"-I{CSRC}", *cuda_include_flags()]
-        command += ["-x", "c++", *map(str, sources), "-o", str(unfinished)]
-        subprocess.run(command, check=True)
-        unfinished.replace(library)
-    return ctypes.CDLL(str(library))
-
-
 @pytest.fixture(scope="module")
-def device() -> ctypes.CDLL:
-    return build([CSRC / "cuda" / "temporal_taps_fwd.cu", CSRC / "cuda" / "temporal_taps_bwd.cu"])
-
-
-def test_shuffles_and_barriers(tmp_path: Path) -> None:
-    source = tmp_path / "warp_sum.cu"
-    source.write_text(WARP_SUM)
-    library = build([source])
-    values = torch.arange(4 * 96, dtype=torch.float32)
-    out = torch.empty(4)
-    library.block_sums(ctypes.c_void_p(values.data_ptr()), ctypes.c_void_p(out.data_ptr()))
-    assert torch.equal(out, values.view(4, 96).sum(1))
+def device(build_for_host: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
+    return build_for_host("temporal_taps_fwd", "temporal_taps_bwd")
 
 
 def make(

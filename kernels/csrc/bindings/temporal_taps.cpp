@@ -1,100 +1,18 @@
-// Operators of the namespace accel_kernels: schemas, argument checks, allocation, dispatch. The
-// only file that includes torch. Loaded with torch.ops.load_library, never imported.
+// temporal_taps: schema, argument checks, allocation.
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
-#include <torch/library.h>
-#include <torch/version.h>
 
-#ifdef ACCEL_WITH_CUDA
-// From c10 only: ATen/cuda needs headers that a bare CUDA toolkit lacks.
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#endif
-
-#include <algorithm>
 #include <array>
-#include <limits>
 #include <optional>
-#include <string>
 #include <tuple>
-#include <vector>
 
+#include "bindings/checks.h"
 #include "cuda/temporal_taps.h"
 
 namespace accel_kernels {
 namespace {
-
-using at::Tensor;
-
-// ---- shared by all operators -------------------------------------------------------------------
-
-DType dtype_of(const char* op, const Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return DType::kFloat;
-    case at::kDouble:
-      return DType::kDouble;
-    case at::kHalf:
-      return DType::kHalf;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    default:
-      TORCH_CHECK_TYPE(false, op, ": x must be float32, float64, float16 or bfloat16, got ",
-                       x.scalar_type(), ".");
-  }
-}
-
-void check_activation(const char* op, const char* name, const Tensor& tensor) {
-  TORCH_CHECK_VALUE(tensor.dim() == 4, op, ": ", name, " must be [N*T, C, H, W], got ",
-                    tensor.sizes(), ".");
-  TORCH_CHECK_VALUE(tensor.is_contiguous(at::MemoryFormat::ChannelsLast), op, ": ", name,
-                    " must be contiguous in channels_last, got strides ", tensor.strides(),
-                    " for shape ", tensor.sizes(),
-                    "; use .contiguous(memory_format=torch.channels_last).");
-}
-
-// Coefficients are stored in the arithmetic type of x and lie densely.
-void check_coefficient(const char* op, const char* name, const Tensor& tensor, const Tensor& x) {
-  const auto expected = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  TORCH_CHECK_TYPE(tensor.scalar_type() == expected, op, ": ", name, " must be ", expected,
-                   " (x is ", x.scalar_type(), "), got ", tensor.scalar_type(), ".");
-  TORCH_CHECK_VALUE(tensor.device() == x.device(), op, ": ", name, " is on ", tensor.device(),
-                    ", x is on ", x.device(), ".");
-  TORCH_CHECK_VALUE(tensor.is_contiguous(), op, ": ", name, " must be contiguous, got strides ",
-                    tensor.strides(), " for shape ", tensor.sizes(), ".");
-}
-
-// Runs body(begin, end) over work units on ATen's threads, as many as `elements` are worth.
-template <typename Body>
-void for_units(int64_t units, int64_t elements, const Body& body) {
-  constexpr int64_t kElementsPerThread = 32768;  // below, waking a thread costs more than it saves
-  const int64_t grain_size = std::max<int64_t>(units * kElementsPerThread / elements, 1);
-  at::parallel_for(0, units, grain_size, body);
-}
-
-// Runs one of the two implementations on the device that holds x.
-template <typename Cpp, typename Cuda>
-void run_on_device(const char* op, const Tensor& x, const Cpp& cpp, const Cuda& cuda) {
-  if (x.is_cpu()) {
-    cpp();
-    return;
-  }
-#ifdef ACCEL_WITH_CUDA
-  const c10::cuda::CUDAGuard guard(x.device());
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(x.device().index()).stream();
-  C10_CUDA_CHECK(static_cast<cudaError_t>(cuda(stream)));
-#else
-  static_cast<void>(cuda);
-  TORCH_CHECK(false, op, ": kernels._C was built without CUDA kernels, x is on ", x.device(), ".");
-#endif
-}
-
-// ---- temporal_taps -----------------------------------------------------------------------------
 
 void fill_shape(const char* op, const Tensor& x, const Tensor& w, const std::optional<Tensor>& a,
                 int64_t num_segments, TemporalTapsShape* shape) {
@@ -223,27 +141,11 @@ std::tuple<Tensor, Tensor, Tensor> temporal_taps_backward(
   return {dx, dw, da};
 }
 
-// ---- registration ------------------------------------------------------------------------------
-
-std::string built_for() { return TORCH_VERSION; }
-
-bool has_cuda() {
-#ifdef ACCEL_WITH_CUDA
-  return true;
-#else
-  return false;
-#endif
-}
-
 }  // namespace
 }  // namespace accel_kernels
 
-TORCH_LIBRARY(accel_kernels, m) {
-  m.def("built_for() -> str", &accel_kernels::built_for);
-  m.def("has_cuda() -> bool", &accel_kernels::has_cuda);
-
-  // Compilers must pass the strides that eager mode would: the layout checks accept no others.
-  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag, at::Tag::needs_exact_strides};
+TORCH_LIBRARY_FRAGMENT(accel_kernels, m) {
+  const auto tags = accel_kernels::operator_tags();
   m.def("temporal_taps(Tensor x, Tensor w, Tensor? a, int num_segments) -> Tensor", tags);
   m.def(
       "temporal_taps_backward(Tensor grad, Tensor? x, Tensor w, Tensor? a, int num_segments, "
