@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -89,20 +89,59 @@ class DataConfig:
         return (Path(base) if base else Path.home() / ".cache") / "accel"
 
 
+SamplingKind = Literal["segments", "neighbors", "snippets"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """Which frames of a video are used: TSN segments, one frame per segment."""
+    """Which frames of a video are used: one place in each of T equal segments."""
 
     num_segments: int = 8
-    """Frames per clip (T), >= 1. Training: one random frame of each of T equal segments;
-    validation: the middle frame of each."""
+    """Places per clip (T), >= 1. Training: one random place in each of T equal segments;
+    validation: the middle of each (snippets: its start)."""
+
+    kind: Literal["auto", SamplingKind] = "auto"
+    """What is read at each place: "segments" (one frame: TSN, TANet, MAS-Net, AMS-Net), "neighbors"
+    (consecutive frames, for differences: TDN, MSN) or "snippets" (AMS-Net's rule for consecutive
+    frames). "auto" = what the model needs."""
+
+    frames_per_segment: int = 0
+    """Frames read at each place (L), 0..32: 1 for "segments", 5 for TDN and MSN, 3 for AMS-Net's
+    snippets; 0 = what the model needs."""
 
     short_videos: Literal["error", "first_frame"] = "error"
-    """Video with fewer frames than `num_segments`: refuse it, or give its first frame T times (what
-    the published TSN code does)."""
+    """Video with fewer frames than `num_segments`: refuse it, or do what the published code of this
+    kind of sampling does: T times its first frame (with its L - 1 successors, for "neighbors"), or
+    frames spread over the video (for "snippets")."""
 
     def __post_init__(self) -> None:
         _check(self.num_segments >= 1, "sampling.num_segments", ">= 1", self.num_segments)
+        length = self.frames_per_segment
+        _check(0 <= length <= 32, "sampling.frames_per_segment", "0..32", length)
+        if self.kind != "auto" and length:
+            _check(
+                (length == 1) == (self.kind == "segments"),
+                "sampling.frames_per_segment",
+                '1 with sampling.kind "segments", more with the others',
+                length,
+            )
+
+    def resolved(self, kind: SamplingKind, frames_per_segment: int) -> "SamplingConfig":
+        """These settings with "auto" and 0 replaced by what a model needs.
+
+        The pipelines know no models: unless resolved, "auto" is "segments" to them.
+
+        Raises:
+            ValueError: a value that was given differs from what the model needs.
+        """
+        for key, needed, automatic in (
+            ("kind", kind, "auto"),
+            ("frames_per_segment", frames_per_segment, 0),
+        ):
+            given = getattr(self, key)
+            expected = f"{needed!r}, which the model needs (or {automatic!r})"
+            _check(given in (needed, automatic), f"sampling.{key}", expected, given)
+        return replace(self, kind=kind, frames_per_segment=frames_per_segment)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ The graph has no state and no random operator: everything random comes with the 
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,21 +41,21 @@ class DaliVideo:
         flip: bool,
         repeat: bool,
     ) -> None:
-        """Build the graph: decode, [repeat], [crop], [scale], [crop], [flip].
+        """Build the graph: decode, [crop], [scale], [crop], [flip], [repeat].
 
         Args:
             max_samples: most samples of one `run`.
             threads: CPU threads of the pipeline.
             size: output height and width, px.
             antialias: low-pass filter when shrinking.
-            read_frames: gives the frames [T, H, W, 3] of a sample, called from a pool of `threads`
+            read_frames: gives the frames [F, H, W, 3] of a sample, called from a pool of `threads`
                 threads; None = DALI decodes.
             crop_before: some window is not the whole frame.
             scale: some window is scaled.
             crop_after: some scaled window is larger than `size`.
             flip: some clip may be mirrored.
-            repeat: some clip may repeat frames. They are decoded once and repeated afterwards,
-                because DALI starts again at the first frame for every repeated index.
+            repeat: some clip may name a frame twice. It is decoded and scaled once and repeated at
+                the end (DALI's decoder starts again at the first frame for every repeated index).
         """
         from nvidia import dali as dali_module
 
@@ -81,7 +82,7 @@ class DaliVideo:
 
         with self._pipeline:
             if read_frames is not None:
-                clip = per_sample("decoded", layout="FHWC")  # per sample [T, H, W, 3]
+                clip = per_sample("decoded", layout="FHWC")  # per sample [unique frames, H, W, 3]
             else:
                 # pad_mode "none": a missing frame is an error; the default would be a black frame.
                 clip = fn.decoders.video(
@@ -90,8 +91,6 @@ class DaliVideo:
                     pad_mode="none",
                     device="cpu",
                 )  # per sample [unique frames, H, W, 3]
-                if repeat:
-                    clip = fn.sequence_rearrange(clip, new_order=per_sample("gather"))
             if crop_before:
                 start, end = per_sample("window_start"), per_sample("window_end")
                 clip = fn.slice(clip, start=start, end=end, axis_names="HW")
@@ -107,6 +106,8 @@ class DaliVideo:
                 clip = fn.slice(clip, start=start, end=end, axis_names="HW")
             if flip:
                 clip = fn.flip(clip, horizontal=per_sample("flip"))
+            if repeat:
+                clip = fn.sequence_rearrange(clip, new_order=per_sample("gather"))
             self._pipeline.set_outputs(clip)
         self._size = size
         self._pipeline.build()
@@ -115,7 +116,7 @@ class DaliVideo:
         """The clips of up to `max_samples` samples.
 
         Returns:
-            [N, T, size, size, 3] uint8 RGB on the CPU; shares DALI's memory.
+            [N, T * L, size, size, 3] uint8 RGB on the CPU; shares DALI's memory.
 
         Raises:
             MediaError: a file has another size than when it was indexed, or does not give its
@@ -125,7 +126,7 @@ class DaliVideo:
         values = list(self._pool.map(self._values, samples))
         self._feed = {name: [value[name] for value in values] for name in self._inputs}
         (clips,) = self._pipeline.run()
-        return from_dlpack(clips.as_tensor())  # [N, T, size, size, 3]
+        return from_dlpack(clips.as_tensor())  # [N, T * L, size, size, 3]
 
     def close(self) -> None:
         """Release the pipeline (it and this object refer to each other) and the threads."""
@@ -147,14 +148,12 @@ class DaliVideo:
         }
 
     def _source_values(self, sample: Sample) -> dict[str, Any]:
-        if self._read_frames is not None:
-            return {"decoded": self._read_frames(sample)}
         unique, gather = np.unique(sample.frame_indices, return_inverse=True)
-        return {
-            "encoded": _read_file(sample),
-            "frames": unique.astype(np.int32),
-            "gather": gather.astype(np.int32),
-        }
+        values = {"gather": gather.astype(np.int32)}
+        if self._read_frames is not None:
+            decoded = self._read_frames(replace(sample, frame_indices=unique))
+            return {**values, "decoded": decoded}
+        return {**values, "encoded": _read_file(sample), "frames": unique.astype(np.int32)}
 
 
 def _read_file(sample: Sample) -> Any:

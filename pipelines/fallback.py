@@ -6,6 +6,7 @@ Every codec of FFmpeg, with keyframe seeks. The DALI graph is tested against it.
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ def read_frames(sample: Sample) -> npt.NDArray[np.uint8]:
     """The frames of a sample, uncropped.
 
     Returns:
-        [T, H, W, 3] uint8 RGB, frame k being `sample.frame_indices[k]`.
+        [F, H, W, 3] uint8 RGB, frame k being `sample.frame_indices[k]`.
     """
     unique, gather = np.unique(sample.frame_indices, return_inverse=True)
     wanted = [int(index) for index in unique]
@@ -137,7 +138,7 @@ class PyavVideo:
         """The clips of the samples.
 
         Returns:
-            [N, T, size, size, 3] uint8 RGB on the CPU.
+            [N, T * L, size, size, 3] uint8 RGB on the CPU.
 
         Raises:
             MediaError: a file cannot be decoded as indexed.
@@ -147,9 +148,10 @@ class PyavVideo:
 
         def fill(index: int) -> None:
             sample = samples[index]
-            clips[index] = apply_view(
-                read_frames(sample), sample.view, size=self._size, antialias=self._antialias
-            )
+            unique, gather = np.unique(sample.frame_indices, return_inverse=True)
+            frames = read_frames(replace(sample, frame_indices=unique))
+            scaled = apply_view(frames, sample.view, size=self._size, antialias=self._antialias)
+            clips[index] = scaled[gather]
 
         list(self._pool.map(fill, range(len(samples))))
         return torch.from_numpy(clips)

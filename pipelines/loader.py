@@ -91,7 +91,6 @@ def build_loader(
     return Loader(
         source,
         split=split,
-        sampling=sampling,
         augment=augment,
         loader=loader,
         micro_batch=micro_batch,
@@ -110,7 +109,6 @@ class Loader:
         source: SampleSource,
         *,
         split: Split,
-        sampling: SamplingConfig,
         augment: AugmentConfig,
         loader: LoaderConfig,
         micro_batch: int,
@@ -128,7 +126,6 @@ class Loader:
         self._rank = rank
         self._world_size = world_size
         self._device = device
-        self._repeats = sampling.short_videos != "error"
         self._threads = loader.resolved_threads()
         # Micro-batches decoded together: enough clips to keep every thread busy.
         self._group = max(1, math.ceil(2 * self._threads / micro_batch))
@@ -257,7 +254,7 @@ class Loader:
             scale=random_crop or any(size != to for size, to in scaled.items()),
             crop_after=not random_crop and any(to != square for to in scaled.values()),
             flip=self._split == "train" and augment.flip,
-            repeat=self._repeats,
+            repeat=self._source.may_repeat_frames,
         )
 
 

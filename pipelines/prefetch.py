@@ -21,8 +21,8 @@ class Batch:
     """One micro-batch."""
 
     clips: torch.Tensor
-    """[N, T, size, size, 3] uint8 RGB on the loader's device. `clips.flatten(0, 1).permute(0, 3, 1,
-    2)` is a channels_last view."""
+    """[N, T * L, size, size, 3] uint8 RGB on the loader's device; the L frames of a segment adjoin.
+    `clips.flatten(0, 1).permute(0, 3, 1, 2)` is a channels_last view."""
 
     labels: torch.Tensor
     """[N] int64 on the loader's device; after the label exchange of a flip."""

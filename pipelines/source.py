@@ -14,7 +14,19 @@ from pipelines.errors import DataError
 from pipelines.geometry import View, center_view, multiscale_view
 from pipelines.media import MediaInfo
 from pipelines.order import Purpose, Split, epoch_order, generator
-from pipelines.sampling import segment_indices_center, segment_indices_train
+from pipelines.sampling import (
+    Indices,
+    neighbor_indices,
+    neighbor_starts_center,
+    neighbor_starts_train,
+    segment_indices_center,
+    segment_indices_train,
+    snippet_indices,
+    snippet_starts_train,
+    snippet_starts_views,
+)
+
+_FRAMES_PER_SEGMENT = {"segments": 1, "neighbors": 5, "snippets": 3}
 
 
 @dataclass(frozen=True)
@@ -26,7 +38,7 @@ class Sample:
 
     path: Path
     frame_indices: npt.NDArray[np.int64]
-    """[T], 0-based, ascending."""
+    """[T * L], 0-based; the L frames of a segment adjoin and ascend."""
 
     view: View
     label: int
@@ -53,11 +65,14 @@ class SampleSource:
         self.infos = infos
         self._training = split == "train"
         self._num_segments = sampling.num_segments
+        self._kind = "segments" if sampling.kind == "auto" else sampling.kind
+        self._frames_per_segment = sampling.frames_per_segment or _FRAMES_PER_SEGMENT[self._kind]
+        self.may_repeat_frames = self._kind != "segments" or sampling.short_videos != "error"
+        """Whether a clip may name a frame twice."""
         self._augment = augment
         self._seed = seed
         self._flipped_label = label_pairs(augment.flip_label_pairs)
-        if sampling.short_videos == "error":
-            _refuse_short_videos(videos, infos, sampling.num_segments)
+        _refuse_short_videos(videos, infos, sampling, self._kind, self._frames_per_segment)
         beyond = [label for label in self._flipped_label if label >= num_classes]
         if beyond:
             raise ValueError(
@@ -78,14 +93,33 @@ class SampleSource:
         label = record.label
         if self._training:
             frames_rng = generator(self._seed, Purpose.FRAMES, epoch, sample_id)
-            indices = segment_indices_train(info.num_frames, self._num_segments, frames_rng)
+            indices = self._indices(info.num_frames, frames_rng)
             view = self._train_view(info, generator(self._seed, Purpose.VIEW, epoch, sample_id))
             if view.flip:
                 label = self._flipped_label.get(label, label)
         else:
-            indices = segment_indices_center(info.num_frames, self._num_segments)
+            indices = self._indices(info.num_frames, None)
             view = self._center_view(info)
         return Sample(sample_id, record.path, indices, view, label, info)
+
+    def _indices(self, num_frames: int, rng: np.random.Generator | None) -> Indices:
+        """[T * L] frame indices: random ones, or without `rng` those of validation."""
+        segments, length = self._num_segments, self._frames_per_segment
+        if self._kind == "segments":
+            if rng is None:
+                return segment_indices_center(num_frames, segments)
+            return segment_indices_train(num_frames, segments, rng)
+        if self._kind == "neighbors":
+            if rng is None:
+                starts = neighbor_starts_center(num_frames, segments, frames_per_segment=length)
+            else:
+                starts = neighbor_starts_train(num_frames, segments, rng, frames_per_segment=length)
+            return neighbor_indices(starts, num_frames, frames_per_segment=length)
+        if rng is None:
+            starts = snippet_starts_views(num_frames, segments, frames_per_segment=length)[0]
+        else:
+            starts = snippet_starts_train(num_frames, segments, rng, frames_per_segment=length)
+        return snippet_indices(starts, num_frames, frames_per_segment=length)
 
     def _center_view(self, info: MediaInfo, *, flip: bool = False) -> View:
         augment = self._augment
@@ -103,15 +137,28 @@ class SampleSource:
         )
 
 
-def _refuse_short_videos(videos: VideoSet, infos: Sequence[MediaInfo], num_segments: int) -> None:
+def _refuse_short_videos(
+    videos: VideoSet,
+    infos: Sequence[MediaInfo],
+    sampling: SamplingConfig,
+    kind: str,
+    frames_per_segment: int,
+) -> None:
+    if sampling.short_videos == "error":
+        needed, what = sampling.num_segments, f"sampling.num_segments = {sampling.num_segments}"
+        remedy = "lower sampling.num_segments, or pass --sampling.short_videos=first_frame"
+    elif kind == "snippets":
+        needed, what = frames_per_segment, f"a snippet = {frames_per_segment}"
+        remedy = "or choose another sampling.kind"
+    else:
+        return
     short = [
         f"{record.path} ({info.num_frames})"
         for record, info in zip(videos.records, infos, strict=True)
-        if info.num_frames < num_segments
+        if info.num_frames < needed
     ]
     if short:
         raise DataError(
-            f"{len(short)} of {len(infos)} videos have fewer frames than sampling.num_segments = "
-            f"{num_segments}: {', '.join(short[:3])}{', ...' if len(short) > 3 else ''}. Remove "
-            "them, lower sampling.num_segments, or pass --sampling.short_videos=first_frame."
+            f"{len(short)} of {len(infos)} videos have fewer frames than {what}: "
+            f"{', '.join(short[:3])}{', ...' if len(short) > 3 else ''}. Remove them, {remedy}."
         )

@@ -217,6 +217,44 @@ def test_short_videos(make_video: MakeVideo, make_dataset: MakeDataset, decoder:
         loader.close()
 
 
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize(("kind", "length"), [("neighbors", 5), ("snippets", 3)])
+def test_frames_of_a_segment_adjoin(
+    make_video: MakeVideo,
+    make_dataset: MakeDataset,
+    decoder: str,
+    kind: str,
+    length: int,
+) -> None:
+    paths = [make_video(f"{k}.webm", num_frames=6 + 5 * k, video=k) for k in range(4)]
+    dataset = make_dataset(paths)
+    for split in ("train", "val"):
+        loader = open_loader(
+            dataset,
+            split,
+            decoder=decoder,
+            sampling=SamplingConfig(num_segments=4, kind=kind),
+            augment=AugmentConfig(size=64, resize=64, crop="center", flip=False),
+            micro_batch=4,
+        )
+        (batch,) = loader.epoch(1)
+        assert batch.clips.shape == (4, 4 * length, 64, 64, 3)
+        for sample, clip in zip(loader.samples(1, 0), batch.clips, strict=True):
+            assert sample.frame_indices.shape == (4 * length,)
+            columns = read_frames(sample)[:, :, 16:80]
+            assert np.abs(clip.numpy().astype(int) - columns).mean() < 1.0
+            steps = np.diff(sample.frame_indices.reshape(4, length), axis=1)
+            assert steps.max() == 1 and steps.min() >= 0
+        loader.close()
+
+
+def test_videos_shorter_than_a_snippet(make_video: MakeVideo, make_dataset: MakeDataset) -> None:
+    dataset = make_dataset([make_video(f"{k}.webm", num_frames=2 + k) for k in range(4)])
+    sampling = SamplingConfig(num_segments=4, kind="snippets", short_videos="first_frame")
+    with pytest.raises(DataError, match=r"1 of 4 videos have fewer frames than a snippet = 3"):
+        open_loader(dataset, sampling=sampling)
+
+
 def test_set_smaller_than_one_global_batch(dataset: Dataset) -> None:
     with pytest.raises(DataError, match=r"11 videos, fewer than one global batch \(12\)"):
         open_loader(dataset, global_batch=12)

@@ -162,7 +162,7 @@ def test_damaged_files_are_indexed_or_refused(
     original = sorted(HMDB.glob(pattern))[-1].read_bytes()
     content = bytearray(original[: data.draw(st.sampled_from([len(original), 5000, 300, 20]))])
     for _ in range(data.draw(st.integers(0, 4))):
-        start = data.draw(st.integers(0, min(len(content) - 1, 4000)))
+        start = data.draw(st.integers(0, max(0, min(len(content) - 1, 4000))))
         content[start : start + 8] = data.draw(st.binary(max_size=16))
     path = tmp_path / f"clip{pattern[1:]}"
     path.write_bytes(content)

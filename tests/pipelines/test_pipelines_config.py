@@ -20,6 +20,17 @@ from pipelines.config import AugmentConfig, DataConfig, LoaderConfig, SamplingCo
         (DataConfig, {"mean": (123.0, 117.0, 104.0)}, "data.mean"),
         (DataConfig, {"std": (0.2, 0.0, 0.2)}, "data.std"),
         (SamplingConfig, {"num_segments": 0}, "sampling.num_segments"),
+        (SamplingConfig, {"frames_per_segment": -1}, "sampling.frames_per_segment"),
+        (
+            SamplingConfig,
+            {"kind": "segments", "frames_per_segment": 5},
+            "sampling.frames_per_segment",
+        ),
+        (
+            SamplingConfig,
+            {"kind": "neighbors", "frames_per_segment": 1},
+            "sampling.frames_per_segment",
+        ),
         (AugmentConfig, {"size": 4}, "augment.size"),
         (AugmentConfig, {"resize": 100}, "augment.resize"),
         (AugmentConfig, {"scales": ()}, "augment.scales"),
@@ -58,3 +69,13 @@ def test_threads_are_shared_by_the_processes_of_a_machine(monkeypatch: pytest.Mo
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     assert LoaderConfig().resolved_threads() == 2
     assert LoaderConfig(threads=5).resolved_threads() == 5
+
+
+def test_sampling_takes_what_the_model_needs() -> None:
+    needed = SamplingConfig(kind="neighbors", frames_per_segment=5)
+    assert SamplingConfig().resolved("neighbors", 5) == needed
+    assert needed.resolved("neighbors", 5) == needed
+    with pytest.raises(ValueError, match=r"sampling\.kind: expected 'neighbors', which .* 'auto'"):
+        SamplingConfig(kind="segments").resolved("neighbors", 5)
+    with pytest.raises(ValueError, match=r"sampling\.frames_per_segment: expected 1, .* got 5"):
+        SamplingConfig(frames_per_segment=5).resolved("segments", 1)
