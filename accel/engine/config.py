@@ -31,7 +31,7 @@ from accel.engine.run import RunConfig
 from accel.engine.schedule import ScheduleConfig
 from accel.engine.step import TrainConfig
 from accel.errors import ConfigError
-from accel.models.registry import ModelConfig
+from accel.models.config import ModelConfig
 from pipelines.config import AugmentConfig, DataConfig, LoaderConfig, SamplingConfig
 
 MAX_RECIPE_BYTES = 1_000_000

@@ -1,33 +1,44 @@
 """A clip classifier: a frame trunk, a consensus head, and partial batch normalization."""
 
+import itertools
 from collections.abc import Iterator
 
 from torch import Tensor, nn
 
 from accel.models.heads import ConsensusHead
-from accel.models.resnet import ResNet
 
 
 class ClipNetwork(nn.Module):
-    """Logits of clips whose frames are folded into the batch: [N*T, 3, H, W] -> [N, K].
+    """Logits of clips whose segments are folded into the batch: [N*T, 3*L, H, W] -> [N, K].
 
     Args:
-        trunk: frame features, [NT, 3, H, W] -> [NT, C, h, w]; its temporal modules see T.
-        head: [NT, C, h, w] -> [N, K].
+        trunk: features, [N*T, 3*L, H, W] -> [M, C, h, w]; its temporal modules see T. The first
+            BatchNorm2d in its module order is the stem's.
+        head: [M, C, h, w] -> [N, K].
+        system: whose state-dict names it has: a key of `accel.models.convert.TABLES`.
+        num_segments: T, segments of one clip.
+        frames_per_segment: L, frames of one segment, stacked in the channels (f1 RGB, f2 RGB, ..).
         partial_bn: see `set_partial_bn`.
     """
 
-    def __init__(self, trunk: ResNet, head: ConsensusHead, *, partial_bn: bool = False) -> None:
+    def __init__(
+        self,
+        trunk: nn.Module,
+        head: ConsensusHead,
+        *,
+        system: str,
+        num_segments: int,
+        frames_per_segment: int = 1,
+        partial_bn: bool = False,
+    ) -> None:
         super().__init__()
         self.trunk = trunk
         self.head = head
+        self.system = system
+        self.num_segments = num_segments
+        self.frames_per_segment = frames_per_segment
         self.partial_bn = False
         self.set_partial_bn(partial_bn)
-
-    @property
-    def num_segments(self) -> int:
-        """T, frames of one clip."""
-        return self.head.num_segments
 
     @property
     def num_classes(self) -> int:
@@ -35,12 +46,12 @@ class ClipNetwork(nn.Module):
         return self.head.fc.out_features
 
     def forward_features(self, frames: Tensor) -> Tensor:
-        """Feature maps of the last stage: [N*T, 3, H, W] -> [N*T, C, h, w], channels_last."""
+        """Feature maps for the head: [N*T, 3*L, H, W] -> [M, C, h, w], channels_last."""
         features: Tensor = self.trunk(frames)
         return features
 
     def forward_head(self, features: Tensor) -> Tensor:
-        """Logits from feature maps: [N*T, C, h, w] -> [N, K]."""
+        """Logits from feature maps: [M, C, h, w] -> [N, K]."""
         logits: Tensor = self.head(features)
         return logits
 
@@ -48,18 +59,19 @@ class ClipNetwork(nn.Module):
         """Logits of N clips.
 
         Args:
-            frames: [N*T, 3, H, W], normalized, time fastest, any H and W from 32 up.
+            frames: [N*T, 3*L, H, W], normalized, time fastest, any H and W from 32 up.
 
         Returns:
             [N, K] logits, float32 also under autocast (float64 for a float64 model).
 
         Raises:
-            ValueError: frames are not [N*T, 3, H, W].
+            ValueError: frames are not [N*T, 3*L, H, W].
         """
-        if frames.dim() != 4 or frames.shape[1] != 3 or frames.shape[0] % self.num_segments:
+        channels = 3 * self.frames_per_segment
+        if frames.dim() != 4 or frames.shape[1] != channels or frames.shape[0] % self.num_segments:
             raise ValueError(
-                f"ClipNetwork: frames must be [N*T, 3, H, W] with T = {self.num_segments}, "
-                f"got {list(frames.shape)}."
+                f"ClipNetwork: frames must be [N*T, {channels}, H, W] with T = "
+                f"{self.num_segments}, got {list(frames.shape)}."
             )
         return self.forward_head(self.forward_features(frames))
 
@@ -81,10 +93,16 @@ class ClipNetwork(nn.Module):
             norm.bias.requires_grad_(not enabled)
         self.train(self.training)
 
+    @property
+    def stem_norm(self) -> nn.BatchNorm2d:
+        """The norm that partial batch normalization leaves in training."""
+        return next(self._norms())
+
+    def _norms(self) -> Iterator[nn.BatchNorm2d]:
+        return (m for m in self.trunk.modules() if isinstance(m, nn.BatchNorm2d))
+
     def _later_norms(self) -> Iterator[nn.BatchNorm2d]:
-        norms = (m for m in self.trunk.modules() if isinstance(m, nn.BatchNorm2d))
-        next(norms)
-        return norms
+        return itertools.islice(self._norms(), 1, None)
 
     def train(self, mode: bool = True) -> "ClipNetwork":
         """Switch to training or evaluation; norms frozen by `set_partial_bn` stay in evaluation."""

@@ -108,7 +108,7 @@ def _add(params: dict[str, nn.Parameter], weight: ParameterGroup, bias: Paramete
 
 
 def _trained(model: ClipNetwork, norm: _BatchNorm, frozen_bn: bool, policy: Policy) -> bool:
-    if not frozen_bn or norm is model.trunk.bn1:
+    if not frozen_bn or norm is model.stem_norm:
         return True
     # Parity: with partial batch normalization the authors' code lists the first norm of any kind
     # and no other, so the BatchNorm1d of TAM keep their gradients but are never updated.

@@ -184,7 +184,9 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
+        for parameter in self.parameters():
+            if parameter.dim() == 4:  # Module.to would refuse the 3-D kernels of temporal modules
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def forward(self, frames: Tensor) -> Tensor:
         """Feature map of the last stage; the submodules `maxpool`, `layer1`.. give the others.

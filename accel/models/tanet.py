@@ -4,12 +4,11 @@ Source: Liu et al., "TAM: Temporal Adaptive Module for Video Recognition", ICCV 
 by the authors' code and by mmaction2's port (the two agree bit for bit in float64).
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
 import kernels
+from accel.models.config import ModelConfig
 from accel.models.heads import ConsensusHead
 from accel.models.network import ClipNetwork
 from accel.models.resnet import ResNet
@@ -86,37 +85,22 @@ class TAM(nn.Module):
         return y
 
 
-def tanet(
-    *,
-    depth: int,
-    num_classes: int,
-    num_segments: int,
-    width: int = 64,
-    stages: int = 4,
-    stem: Literal["imagenet", "small"] = "imagenet",
-    temporal: bool = True,
-    dropout: float = 0.5,
-    partial_bn: bool = False,
-) -> ClipNetwork:
-    """TANet, or TSN (the same network without TAM) when `temporal` is false.
-
-    Args:
-        depth: of the ResNet: 18, 34, 50 or 101. Published: 50 and 101.
-        num_classes: K.
-        num_segments: T.
-        width: channels of the stem; 64 in the published networks.
-        stages: ResNet stages kept, 1..4.
-        stem: see `ResNet`.
-        temporal: put a TAM in every block.
-        dropout: before the classifier.
-        partial_bn: see `ClipNetwork.set_partial_bn`.
-    """
+def tanet(config: ModelConfig, num_classes: int, num_segments: int) -> ClipNetwork:
+    """TANet; or TSN: the same network without TAM, when the config names or asks for that."""
 
     def tam(channels: int, _stage: int) -> TAM:
         return TAM(channels, num_segments)
 
-    trunk = ResNet(depth, width=width, stages=stages, stem=stem, temporal=tam if temporal else None)
-    head = ConsensusHead(
-        trunk.out_channels, num_classes, num_segments=num_segments, dropout=dropout
+    trunk = ResNet(
+        config.depth,
+        width=config.width,
+        stages=config.stages,
+        stem=config.stem,
+        temporal=tam if config.has_temporal else None,
     )
-    return ClipNetwork(trunk, head, partial_bn=partial_bn)
+    head = ConsensusHead(
+        trunk.out_channels, num_classes, num_segments=num_segments, dropout=config.dropout
+    )
+    return ClipNetwork(
+        trunk, head, system=config.name, num_segments=num_segments, partial_bn=config.partial_bn
+    )

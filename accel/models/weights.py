@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from accel.errors import CheckpointError
-from accel.models.convert.tanet import LAYOUTS, Layout, rename
+from accel.models.convert import TABLES
+from accel.models.convert.names import IMAGENET, OURS, NameTable
+from accel.models.network import ClipNetwork
 
 logger = logging.getLogger(__name__)
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
-_CLASSIFIER = ("head.fc.weight", "head.fc.bias")
 
 
 class _Ignored:
@@ -60,8 +61,8 @@ _ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 class ImportReport:
     """What `import_weights` did."""
 
-    layout: Layout
-    """Layout of the file, one of `accel.models.convert.tanet.LAYOUTS`."""
+    layout: str
+    """Layout of the file, one of the table's of the system (`accel.models.convert`)."""
 
     loaded: tuple[str, ...]
     """Names of the model's tensors that were set, in the model's order."""
@@ -189,23 +190,17 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-def recognize_layout(names: list[str]) -> Layout | None:
-    """The layout to which most of the names belong, or None when none belongs to any."""
-    counts = {lay: sum(rename(n, lay, "accel") is not None for n in names) for lay in LAYOUTS}
-    best = max(LAYOUTS, key=lambda layout: counts[layout])
-    return best if counts[best] else None
-
-
 def import_weights(
-    model: nn.Module, path: Path | str, *, allow_classifier_mismatch: bool = False
+    model: ClipNetwork, path: Path | str, *, allow_classifier_mismatch: bool = False
 ) -> ImportReport:
-    """Fill `model` from a checkpoint file of any known layout; all or nothing.
+    """Fill `model` from a checkpoint file of any known layout of its system; all or nothing.
 
     Every tensor must be there with its shape, and nothing else, except:
 
     * `num_batches_tracked` may be missing (files of old torch versions);
     * an ImageNet ResNet of torchvision fills the trunk alone: its classifier is dropped, and
-      temporal modules and head keep their values.
+      temporal modules and head keep their values;
+    * names that the system's table ignores.
 
     Args:
         model: a network of `build_model`; its dtype, device and layout are kept.
@@ -222,38 +217,48 @@ def import_weights(
     """
     path = Path(path)
     foreign = read_state_dict(path)
-    layout = recognize_layout(list(foreign))
+    table = TABLES[model.system]
+    layout = table.recognize(list(foreign))
     if layout is None:
         raise CheckpointError(
             path,
-            f"has names of no known layout ({', '.join(LAYOUTS)}), such as {next(iter(foreign))}.",
+            f"has names of no known layout of {model.system} ({', '.join(table.all_layouts)}), "
+            f"such as {next(iter(foreign))}.",
         )
     expected = model.state_dict()
     found: dict[str, Tensor] = {}
+    optional = {name for name in expected if name.endswith("num_batches_tracked")}
     unexpected = []
     for name, value in foreign.items():
-        ours = rename(name, layout, "accel")
-        if layout == "torchvision" and ours in _CLASSIFIER:
-            continue
-        if ours in expected:
-            found[ours] = value
+        places = [ours for ours in table.rename_all(name, layout, OURS) if ours in expected]
+        if layout == IMAGENET:
+            if all(ours in table.classifier for ours in places) and places:
+                continue
+            for ours in places:
+                adapted = table.adapt(ours, value, expected[ours].shape)
+                if adapted is None:
+                    optional.add(ours)
+                else:
+                    found[ours] = adapted
         else:
+            found |= dict.fromkeys(places, value)
+        if not places and not table.ignores(name, layout):
             unexpected.append(name)
 
-    optional = {name for name in expected if name.endswith("num_batches_tracked")}
-    if layout == "torchvision":
-        optional |= {n for n in expected if rename(n, "accel", layout) is None}
-        optional |= set(_CLASSIFIER)
+    if layout == IMAGENET:
+        optional |= {n for n in expected if table.rename(n, OURS, layout) is None}
+        optional |= set(table.classifier)
     if allow_classifier_mismatch and any(
-        name in found and found[name].shape[:1] != expected[name].shape[:1] for name in _CLASSIFIER
+        name in found and found[name].shape[:1] != expected[name].shape[:1]
+        for name in table.classifier
     ):
-        optional |= set(_CLASSIFIER)
-        found = {name: value for name, value in found.items() if name not in _CLASSIFIER}
+        optional |= set(table.classifier)
+        found = {name: value for name, value in found.items() if name not in table.classifier}
     missing = [name for name in expected if name not in found and name not in optional]
     other = [name for name in found if not _fits(found[name], expected[name])]
     if missing or unexpected or other:
         raise CheckpointError(
-            path, _differences(layout, missing, unexpected, other, found, expected)
+            path, _differences(table, layout, missing, unexpected, other, found, expected)
         )
 
     model.load_state_dict(found, strict=False)
@@ -277,7 +282,8 @@ def _fits(found: Tensor, expected: Tensor) -> bool:
 
 
 def _differences(
-    layout: Layout,
+    table: NameTable,
+    layout: str,
     missing: list[str],
     unexpected: list[str],
     other: list[str],
@@ -296,7 +302,7 @@ def _differences(
         f"expected {list(expected[name].shape)} {expected[name].dtype}"
         for name in other
     ]
-    if set(_CLASSIFIER) & set(other):
+    if set(table.classifier) & set(other):
         lines.append("The class counts differ: allow_classifier_mismatch keeps the new classifier.")
     if any(name.endswith("temporal.G.0.weight") for name in other):
         lines.append("The weights of TAM's global branch depend on the number of segments.")

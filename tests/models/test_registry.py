@@ -7,6 +7,9 @@ import torch
 
 from accel.errors import ConfigError
 from accel.models import ModelConfig, build_model, list_models
+from accel.models.heads import ConsensusHead
+from accel.models.network import ClipNetwork
+from accel.models.resnet import ResNet
 from accel.models.tanet import TAM
 
 NETWORKS = [(name, depth) for name in list_models() for depth in (18, 50)]
@@ -120,6 +123,15 @@ def test_wrong_frames_are_named():
         _small()(_frames(3))
 
 
+def test_frames_of_a_segment_are_stacked_in_the_channels():
+    trunk = ResNet(18, width=8, stages=1, in_channels=15)
+    head = ConsensusHead(trunk.out_channels, 5, num_segments=2, dropout=0.0)
+    model = ClipNetwork(trunk, head, system="tsn", num_segments=2, frames_per_segment=5)
+    assert model(torch.randn(4, 15, 32, 32)).shape == (2, 5)
+    with pytest.raises(ValueError, match=r"\[N\*T, 15, H, W\] with T = 2, got \[4, 3, 32, 32\]"):
+        model(_frames(4))
+
+
 def test_train_returns_the_model():
     model = _small(partial_bn=True)
     assert model.train() is model
@@ -204,6 +216,8 @@ def test_config_builds_the_same_model():
         ({"dropout": 1.0}, "model.dropout: got 1.0"),
         ({"dropout": float("nan")}, "model.dropout: got nan"),
         ({"name": "tsn", "temporal": "tam"}, 'model.temporal: got "tam" with model.name "tsn"'),
+        ({"variant": "other"}, "model.variant: got 'other'"),
+        ({"variant": "snippet"}, 'model.variant: got "snippet" with model.name "tanet"'),
     ],
 )
 def test_config_rejects(options, message):

@@ -10,10 +10,11 @@ import torch
 
 from accel.errors import CheckpointError
 from accel.models import build_model
-from accel.models.convert.tanet import LAYOUTS, rename
-from accel.models.weights import import_weights, load_foreign, read_state_dict, recognize_layout
+from accel.models.convert import TABLES
+from accel.models.weights import import_weights, load_foreign, read_state_dict
 
-FULL = [layout for layout in LAYOUTS if layout != "torchvision"]
+TANET = TABLES["tanet"]
+FULL = [layout for layout in TANET.all_layouts if layout != "torchvision"]
 
 
 def _model(*, seed=0, depth=50, num_segments=2, num_classes=5, **options):
@@ -30,7 +31,7 @@ def _model(*, seed=0, depth=50, num_segments=2, num_classes=5, **options):
 
 
 def _published(model, layout):
-    state = {rename(k, "accel", layout): v for k, v in model.state_dict().items()}
+    state = {TANET.rename(k, "accel", layout): v for k, v in model.state_dict().items()}
     state.pop(None, None)
     return state
 
@@ -38,30 +39,6 @@ def _published(model, layout):
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "weights.pth"
-
-
-@pytest.mark.parametrize("depth", [18, 50, 101])
-@pytest.mark.parametrize("layout", FULL)
-def test_names_round_trip(layout, depth):
-    with torch.device("meta"):
-        names = list(build_model("tanet", depth=depth, num_classes=5, num_segments=8).state_dict())
-    there = [rename(name, "accel", layout) for name in names]
-    assert None not in there
-    assert len(set(there)) == len(names)
-    assert [rename(name, layout, "accel") for name in there] == names
-    assert recognize_layout(there) == layout
-
-
-@pytest.mark.parametrize("name", ["", "conv1", "xbase_model.conv1.weight", "new_fc.weight.x"])
-def test_foreign_names_are_in_no_layout(name):
-    assert all(rename(name, layout, "accel") is None for layout in LAYOUTS)
-
-
-def test_torchvision_has_no_place_for_temporal_modules():
-    assert rename("trunk.layer1.0.temporal.G.0.weight", "accel", "torchvision") is None
-    assert rename("layer2.0.downsample.1.bias", "torchvision", "accel") == (
-        "trunk.layer2.0.downsample.1.bias"
-    )
 
 
 @pytest.mark.parametrize("legacy", [False, True])

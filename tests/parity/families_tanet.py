@@ -6,10 +6,12 @@ from module_case import COMMON_ARGS, run_module
 from torch import Tensor
 
 from accel.models import build_model
-from accel.models.convert.tanet import rename
+from accel.models.convert import TABLES
 from accel.models.param_groups import parameter_groups
 from accel.models.resnet import Bottleneck
 from accel.models.tanet import TAM
+
+rename = TABLES["tanet"].rename
 
 
 def _layout(layout: str, *, dropout: float) -> str:
