@@ -114,8 +114,8 @@ def neighbor_indices(starts: Indices, num_frames: int, *, frames_per_segment: in
         [..., T * L] int64 of starts [..., T]; the L frames of a segment adjoin.
     """
     frames = starts[..., None] + np.arange(frames_per_segment)  # [..., T, L]
-    frames = np.minimum(frames, num_frames - 1)
-    return frames.reshape(*starts.shape[:-1], -1)
+    bounded: Indices = np.minimum(frames, num_frames - 1)
+    return bounded.reshape(*starts.shape[:-1], -1)
 
 
 def snippet_starts_train(

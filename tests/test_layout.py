@@ -15,7 +15,7 @@ ALLOWED = {
     "pipelines": {"pipelines"},
     "accel.errors": set(),
     "accel.models": {"accel.models", "accel.errors", "kernels"},
-    "accel.engine": {"accel", "pipelines", "kernels._library"},
+    "accel.engine": {"accel", "pipelines", "kernels"},
     "accel.cli": {"accel", "pipelines.errors", "kernels"},
     "accel": {"accel"},
     "train": {"accel.cli"},

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from accel.errors import ConfigError
+from kernels import reference
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,6 +36,7 @@ class Precision:
         device: of the network.
         mean: RGB, of values in 0..1.
         std: RGB, of values in 0..1, > 0.
+        frames_per_segment: L, frames that the network sees at once, >= 1.
 
     Raises:
         ConfigError: the device cannot run the mode.
@@ -47,6 +49,7 @@ class Precision:
         *,
         mean: Sequence[float],
         std: Sequence[float],
+        frames_per_segment: int = 1,
     ) -> None:
         self.mode = config.mode
         self.device = device
@@ -68,10 +71,9 @@ class Precision:
             torch.backends.cuda.matmul.allow_tf32 = config.mode == "tf32"
             torch.backends.cudnn.allow_tf32 = config.mode == "tf32"
         # On the device once: a copy in the loop would wait for the device.
-        std_255 = torch.tensor(std, dtype=torch.float32) * 255.0
-        offset = -torch.tensor(mean, dtype=torch.float32) * 255.0 / std_255
-        self._scale = (1.0 / std_255).view(1, 3, 1, 1).to(device)
-        self._offset = offset.view(1, 3, 1, 1).to(device)
+        self._mean = torch.tensor(mean, dtype=torch.float32, device=device)
+        self._std = torch.tensor(std, dtype=torch.float32, device=device)
+        self._frames_per_segment = frames_per_segment
         self.autocast_dtype = _AUTOCAST.get(config.mode)
         self.scaler = torch.amp.GradScaler(
             device.type, init_scale=config.init_scale, enabled=config.mode == "fp16"
@@ -86,16 +88,22 @@ class Precision:
     def network_input(self, clips: Tensor) -> Tensor:
         """Normalized, folded, channels_last input of the network.
 
-        (x / 255 - mean) / std as one multiply-add in fp32; under autocast the result is rounded
-        once to the autocast type. The layout comes for free: the pipeline's NHWC memory is
-        channels_last memory of the folded batch.
+        (x / 255 - mean) / std as one multiply-add in fp32, rounded once to the autocast type. The
+        layout comes for free where L = 1: the pipeline's NHWC memory is channels_last memory of
+        the folded batch.
 
         Args:
-            clips: [N, T, H, W, 3] uint8, contiguous.
+            clips: [N, T*L, H, W, 3] uint8, contiguous; the L frames of a segment adjoin.
 
         Returns:
-            [N*T, 3, H, W], channels_last, fp32 or the autocast type.
+            [N*T, 3*L, H, W], channels_last, fp32 or the autocast type; channels are those of the
+            first frame (R, G, B), then of the second, and so on.
         """
-        frames = clips.flatten(0, 1).permute(0, 3, 1, 2)  # [N*T, 3, H, W], channels_last view
-        scaled = torch.addcmul(self._offset, frames.to(torch.float32), self._scale)
-        return scaled if self.autocast_dtype is None else scaled.to(self.autocast_dtype)
+        return reference.ingest(
+            clips.flatten(0, 1),  # [N*T*L, H, W, 3]
+            self._mean,
+            self._std,
+            dtype=self.autocast_dtype or torch.float32,
+            frames_per_segment=self._frames_per_segment,
+            channels=3 * self._frames_per_segment,
+        )

@@ -24,8 +24,8 @@ CPU = torch.device("cpu")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def _precision(mode="fp32"):
-    return Precision(PrecisionConfig(mode=mode), CPU, mean=MEAN, std=STD)
+def _precision(mode="fp32", **options):
+    return Precision(PrecisionConfig(mode=mode), CPU, mean=MEAN, std=STD, **options)
 
 
 @pytest.fixture
@@ -96,6 +96,14 @@ def test_network_input_is_the_published_normalization_in_channels_last():
     half = _precision("bf16").network_input(clips)
     assert half.dtype == torch.bfloat16
     assert half.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_network_input_stacks_the_frames_of_a_segment_in_the_channels():
+    clips = torch.randint(0, 256, (2, 3 * 5, 4, 6, 3), dtype=torch.uint8)
+    single = _precision().network_input(clips).unflatten(0, (6, 5))  # [N*T, L, 3, H, W]
+    frames = _precision(frames_per_segment=5).network_input(clips)
+    assert frames.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(frames, single.flatten(1, 2))
 
 
 def test_tf32_on_a_cpu_is_refused():
