@@ -14,7 +14,7 @@ sources := setup.py pyproject.toml accel/__init__.py $(shell find kernels/csrc -
 # An extension that was built and has been deleted since is built again.
 $(shell grep -qs . $(built) && [ ! -e kernels/_C.so ] && rm -f $(built))
 
-.PHONY: demo test setup lint clean
+.PHONY: demo test setup lint clean cuda-torch
 
 demo: setup
 	$(python) train.py $(ARGS)
@@ -45,3 +45,18 @@ $(built): $(installed) $(sources)
 
 clean:
 	rm -rf build kernels/*.so *.egg-info $(VENV)
+
+# A CUDA build of torch, headers and libraries only: the tests then link the whole extension against
+# it (never imported; 530 MB are downloaded once).
+cuda_torch := build/cuda-torch
+
+cuda-torch: $(cuda_torch)/.unpacked
+
+$(cuda_torch)/.unpacked: | $(installed)
+	@echo "Downloading a CUDA build of torch into $(cuda_torch)."
+	rm -rf $(cuda_torch)
+	$(python) -m pip download --quiet --disable-pip-version-check --no-deps --no-cache-dir \
+	  --dest $(cuda_torch) torch==2.12.1
+	$(python) -m zipfile -e $(cuda_torch)/*.whl $(cuda_torch)
+	rm $(cuda_torch)/*.whl
+	@touch $@

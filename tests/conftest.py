@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +31,11 @@ _NEEDS = {
         "NVIDIA DALI is not installed",
     ),
     "needs_nvcc": ("nvcc", lambda: shutil.which("nvcc") is not None, "nvcc is not on PATH"),
+    "needs_cuda_torch": (
+        "cuda_torch",
+        lambda: (Path(__file__).parents[1] / "build/cuda-torch/.unpacked").exists(),
+        "no CUDA build of torch (make cuda-torch)",
+    ),
     "needs_extension": ("extension", _extension_available, "kernels._C is not built"),
 }
 

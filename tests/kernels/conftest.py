@@ -60,6 +60,49 @@ def build(*sources: Path | str) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
+# What torch's extension builder adds: no implicit conversion or operator of the 16-bit types.
+TORCH_FLAGS = [
+    "-D__CUDA_NO_HALF_OPERATORS__",
+    "-D__CUDA_NO_HALF_CONVERSIONS__",
+    "-D__CUDA_NO_HALF2_OPERATORS__",
+    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
+    "--expt-relaxed-constexpr",
+]
+ARCHITECTURES = (75, 80, 86, 89, 90)
+DEVICE_OBJECTS = ROOT / "build" / "device_objects"
+
+
+def compile_for_device(source: Path) -> tuple[Path, str]:
+    """Compile a .cu source for all architectures, once for each state of the sources.
+
+    Returns:
+        The object file, and what ptxas reported.
+    """
+    inputs = [source, *sorted(CSRC.glob("**/*.h")), *sorted(CSRC.glob("**/*.cuh"))]
+    command = ["nvcc", "-std=c++20", "-O3", "-lineinfo", "-Xptxas", "-v", "-Xcompiler", "-fPIC"]
+    command += [f"-I{CSRC}", "-c", *TORCH_FLAGS]
+    for sm in ARCHITECTURES:
+        command += ["-gencode", f"arch=compute_{sm},code=sm_{sm}"]
+    content = repr(command).encode() + b"".join(path.read_bytes() for path in inputs)
+    target = DEVICE_OBJECTS / f"{source.stem}-{hashlib.sha256(content).hexdigest()[:16]}.o"
+    report = target.with_suffix(".txt")
+    if not report.exists():
+        DEVICE_OBJECTS.mkdir(parents=True, exist_ok=True)
+        result = subprocess.run(
+            [*command, str(source), "-o", str(target)], capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        assert "warning" not in result.stderr, result.stderr
+        report.write_text(result.stderr)
+    return target, report.read_text()
+
+
+@pytest.fixture(scope="session")
+def object_for_device() -> Callable[[Path], tuple[Path, str]]:
+    """`compile_for_device`."""
+    return compile_for_device
+
+
 @pytest.fixture(scope="session")
 def build_for_host() -> Callable[..., ctypes.CDLL]:
     """`build`: compile .cu files (by name, without folder and suffix) and load them."""

@@ -8,7 +8,8 @@ import csv
 import re
 import subprocess
 import sys
-import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,34 +18,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "kernels" / "csrc"
 SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
+BINDINGS = sorted((CSRC / "bindings").glob("*.cpp"))
 TABLES = CSRC / "cuda" / "resources"
-ARCHITECTURES = (75, 80, 86, 89, 90)
+CUDA_TORCH = ROOT / "build" / "cuda-torch" / "torch"  # unpacked by `make cuda-torch`
 COLUMNS = ("kernel", "sm", "registers", "shared_bytes", "spill_bytes")
 REGISTERS_TOLERATED = 16  # more than in the table: compilers differ, mistakes differ more
 
-# What torch's extension builder adds: no implicit conversion or operator of the 16-bit types.
-TORCH_FLAGS = [
-    "-D__CUDA_NO_HALF_OPERATORS__",
-    "-D__CUDA_NO_HALF_CONVERSIONS__",
-    "-D__CUDA_NO_HALF2_OPERATORS__",
-    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
-    "--expt-relaxed-constexpr",
-]
-
 pytestmark = [pytest.mark.needs_nvcc, pytest.mark.slow]
-
-
-def compile_source(source: Path, folder: Path) -> str:
-    """What ptxas reports when `source` is compiled for all architectures."""
-    command = ["nvcc", "-std=c++20", "-O3", "-lineinfo", "-Xptxas", "-v", f"-I{CSRC}", "-c"]
-    command += TORCH_FLAGS
-    for sm in ARCHITECTURES:
-        command += ["-gencode", f"arch=compute_{sm},code=sm_{sm}"]
-    command += [str(source), "-o", str(folder / f"{source.stem}.o")]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "warning" not in result.stderr, result.stderr
-    return result.stderr
 
 
 def short_name(mangled: str) -> str:
@@ -68,17 +48,13 @@ def resources(report: str) -> dict[tuple[str, int], dict[str, int]]:
     return rows
 
 
-def measure(source: Path) -> dict[tuple[str, int], dict[str, int]]:
-    """Resources of every kernel of a source for every architecture."""
-    with tempfile.TemporaryDirectory() as folder:
-        return resources(compile_source(source, Path(folder)))
-
-
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
-def test_resources_are_those_of_the_table(source: Path) -> None:
+def test_resources_are_those_of_the_table(
+    source: Path, object_for_device: Callable[[Path], tuple[Path, str]]
+) -> None:
     with (TABLES / f"{source.stem}.csv").open(newline="") as file:
         table = {(row["kernel"], int(row["sm"])): row for row in csv.DictReader(file)}
-    measured = measure(source)
+    measured = resources(object_for_device(source)[1])
     assert measured.keys() == table.keys(), f"run {Path(__file__).name} {source.stem}"
     for key, row in measured.items():
         before = {name: int(value) for name, value in table[key].items() if name != "kernel"}
@@ -91,9 +67,8 @@ def test_every_table_has_a_source() -> None:
     assert {path.stem for path in TABLES.glob("*.csv")} == {path.stem for path in SOURCES}
 
 
-@pytest.mark.parametrize("source", sorted((CSRC / "bindings").glob("*.cpp")), ids=lambda s: s.stem)
-def test_bindings_compile_with_cuda(source: Path, tmp_path: Path) -> None:
-    """The CUDA half of a binding, syntax only: torch's CPU wheels carry the c10/cuda headers."""
+def toolkit_include() -> str:
+    """The folder of the CUDA toolkit's headers."""
     listing = subprocess.run(
         ["nvcc", "-M", "-x", "cu", "-"],
         input="#include <cuda_runtime_api.h>\n",
@@ -101,25 +76,67 @@ def test_bindings_compile_with_cuda(source: Path, tmp_path: Path) -> None:
         text=True,
         check=True,
     ).stdout
-    toolkit = re.search(r"(\S+)/cuda_runtime_api\.h", listing)[1]
+    return re.search(r"(\S+)/cuda_runtime_api\.h", listing)[1]
+
+
+def compile_binding(source: Path, torch_include: Path, *arguments: str) -> None:
+    command = ["c++", "-std=c++20", "-DACCEL_WITH_CUDA", "-Wall", "-Werror", f"-I{CSRC}"]
+    command += ["-isystem", toolkit_include(), "-isystem", str(torch_include)]
+    command += ["-isystem", str(torch_include / "torch/csrc/api/include"), *arguments]
+    result = subprocess.run([*command, str(source)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(CUDA_TORCH.exists(), reason="the whole extension is built against CUDA torch")
+@pytest.mark.parametrize("source", BINDINGS, ids=lambda source: source.stem)
+def test_bindings_compile_with_cuda(source: Path, tmp_path: Path) -> None:
+    """The CUDA half of a binding, syntax only: torch's CPU wheels carry the c10/cuda headers."""
     torch_include = Path(torch.__file__).parent / "include"
     generated = "c10/cuda/impl/cuda_cmake_macros.h"
     if not (torch_include / generated).exists():  # made when torch is built for CUDA
         (tmp_path / generated).parent.mkdir(parents=True)
         (tmp_path / generated).write_text("#pragma once\n")
-    command = ["c++", "-std=c++20", "-fsyntax-only", "-DACCEL_WITH_CUDA", "-Wall", "-Werror"]
-    command += [f"-I{CSRC}", f"-I{tmp_path}", "-isystem", toolkit, "-isystem", str(torch_include)]
-    command += ["-isystem", str(torch_include / "torch/csrc/api/include")]
-    result = subprocess.run([*command, str(source)], capture_output=True, text=True)
+    compile_binding(source, torch_include, "-fsyntax-only", f"-I{tmp_path}")
+
+
+@pytest.mark.needs_cuda_torch
+def test_whole_extension_links_against_cuda_torch(
+    tmp_path: Path, object_for_device: Callable[[Path], tuple[Path, str]]
+) -> None:
+    """Every symbol is found; the result is not loaded, since that takes CUDA's own libraries."""
+    objects = [str(object_for_device(source)[0]) for source in SOURCES]
+
+    def compile_host(source: Path) -> str:
+        target = tmp_path / f"{source.parent.name}_{source.stem}.o"
+        compile_binding(
+            source, CUDA_TORCH / "include", "-O1", "-fPIC", "-fopenmp", "-c", "-o", str(target)
+        )
+        return str(target)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects += pool.map(compile_host, [*BINDINGS, *sorted((CSRC / "cpu").glob("*.cpp"))])
+    found = [
+        library
+        for folder in Path(toolkit_include()).resolve().parents
+        for library in folder.glob("lib*/libcudart.so*")
+    ]
+    assert found, "the toolkit has no libcudart"
+    command = ["c++", "-shared", "-fopenmp", "-o", str(tmp_path / "_C.so"), *objects, str(found[0])]
+    command += [f"-L{CUDA_TORCH / 'lib'}", "-lc10", "-lc10_cuda", "-ltorch_cpu", "-ltorch"]
+    command += ["-Wl,--no-undefined", "-Wl,--unresolved-symbols=ignore-in-shared-libs"]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
 def main() -> None:
+    sys.path.insert(0, str(Path(__file__).parent))
+    from conftest import compile_for_device
+
     TABLES.mkdir(exist_ok=True)
     for source in SOURCES:
         if sys.argv[1:] and source.stem not in sys.argv[1:]:
             continue
-        rows = sorted(measure(source).items())
+        rows = sorted(resources(compile_for_device(source)[1]).items())
         with (TABLES / f"{source.stem}.csv").open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(COLUMNS)
