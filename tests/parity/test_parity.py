@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 CASES = sorted(
@@ -39,15 +40,16 @@ def test_there_are_cases():
 
 def _params():
     for path in CASES:
-        family = json.loads(path.read_text(encoding="utf-8"))["case"]["family"]
-        if family.endswith(".network"):
-            yield pytest.param(path, "auto", id=path.stem, marks=pytest.mark.slow)
-        elif family.endswith((".tam", ".block")):
-            yield pytest.param(path, "reference", id=f"{path.stem}-reference")
+        case = json.loads(path.read_text(encoding="utf-8"))["case"]
+        name = f"{path.parent.name}-{path.stem}"
+        if ".network" in case["family"]:
+            yield pytest.param(path, "auto", id=name, marks=pytest.mark.slow)
+        elif case["args"].get("outputs"):  # a module, not a table
+            yield pytest.param(path, "reference", id=f"{name}-reference")
             marks = pytest.mark.needs_extension
-            yield pytest.param(path, "cpp", id=f"{path.stem}-cpp", marks=marks)
+            yield pytest.param(path, "cpp", id=f"{name}-cpp", marks=marks)
         else:
-            yield pytest.param(path, "auto", id=path.stem)
+            yield pytest.param(path, "auto", id=name)
 
 
 @pytest.mark.parametrize(("path", "backend"), list(_params()))
@@ -185,6 +187,44 @@ def test_runner_as_a_script(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("1 passed, 0 failed\n")
+
+
+def test_runner_calibrates_and_differentiates_losses():
+    """Running statistics from one training forward; a loss beside the cotangents; features."""
+    module_case, goldens = sys.modules["module_case"], run_cases.goldens
+    norm = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.ReLU(inplace=True))
+    state = {f"bn.{key}": list(value.shape) for key, value in norm[0].state_dict().items()}
+    args = {
+        "mode": "eval",
+        "dtype": "float64",
+        "calibrated": True,
+        "calibration_input": "calib",
+        "calibration_shape": [6, 3],
+        "calibration_momentum": 1.0,
+        "inputs": [{"arg": "x", "fill": "x", "shape": [2, 3]}],
+        "cotangents": [],
+    }
+    results = module_case.run_module(
+        goldens.Case(Path("none.json"), "norm", args, {"state_dict": state}),
+        norm,
+        published=lambda name: name.replace("0.", "bn."),
+        forward=lambda x: {"y": norm(x)},
+        features={"bn": "0", "x": module_case.Feature("0", of_input=True, view=lambda x: x.mT)},
+        losses=lambda outputs: {"loss": outputs["y"].sum(), "part": outputs["y"].max()},
+    )
+    calibration = goldens.fill_input("calib", [6, 3])
+    assert np.allclose(results.arrays["buffer", "bn.running_mean"], calibration.mean(0))
+    assert np.allclose(results.arrays["buffer", "bn.running_var"], calibration.var(0, ddof=1))
+    assert norm[0].momentum == 0.1
+    x = goldens.fill_input("x", [2, 3])
+    scale = goldens.fill_value("bn.weight", [3]) / np.sqrt(calibration.var(0, ddof=1) + 1e-5)
+    shift = goldens.fill_value("bn.bias", [3])
+    before = (x - calibration.mean(0)) * scale + shift
+    assert np.allclose(results.arrays["feature", "bn"], before)
+    assert np.allclose(results.arrays["feature", "x"], x.T)
+    assert np.allclose(results.arrays["loss", "loss"], np.maximum(before, 0).sum())
+    assert np.allclose(results.arrays["loss", "part"], before.max())
+    assert np.allclose(results.arrays["grad_input", "x"], (before > 0) * scale)
 
 
 def test_runner_reads_sampled_records_and_gradient_norms(case):
