@@ -32,7 +32,13 @@ from accel.engine.schedule import ScheduleConfig
 from accel.engine.step import TrainConfig
 from accel.errors import ConfigError
 from accel.models.config import ModelConfig
-from pipelines.config import AugmentConfig, DataConfig, LoaderConfig, SamplingConfig
+from pipelines.config import (
+    AugmentConfig,
+    DataConfig,
+    LoaderConfig,
+    SamplingConfig,
+    SamplingKind,
+)
 
 MAX_RECIPE_BYTES = 1_000_000
 MAX_RECIPE_DEPTH = 32
@@ -142,6 +148,22 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, str] | None = None) -
     recipe = Recipe(name=Path(name_or_path).stem, **sections)
     _check_across_sections(recipe)
     return recipe
+
+
+def resolved_sampling(recipe: Recipe) -> SamplingConfig:
+    """`recipe.sampling` with "auto" and 0 replaced by what `recipe.model` needs.
+
+    Raises:
+        ConfigError: the recipe names something else than its model needs.
+    """
+    length = recipe.model.frames_per_segment
+    kind: SamplingKind = "segments"
+    if length > 1:
+        kind = "snippets" if recipe.model.variant == "snippet" else "neighbors"
+    try:
+        return recipe.sampling.resolved(kind, length)
+    except ValueError as error:
+        raise ConfigError(f"{error} model.name is {recipe.model.name}.") from error
 
 
 def to_dict(recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -338,6 +360,7 @@ def _reject_non_finite(origin: str, section: str, settings: Mapping[str, Any]) -
 
 def _check_across_sections(recipe: Recipe) -> None:
     """Rules that need more than one section; all of them before any file or device is touched."""
+    resolved_sampling(recipe)
     if recipe.train.global_batch % recipe.train.micro_batch:
         raise ConfigError(
             f"train.global_batch: must be a multiple of train.micro_batch = "

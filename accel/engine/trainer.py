@@ -71,7 +71,11 @@ class Trainer:
             torch.set_num_threads(recipe.run.threads)
         set_deterministic(recipe.run.deterministic)
         self.precision = Precision(
-            recipe.precision, self.device, mean=recipe.data.mean, std=recipe.data.std
+            recipe.precision,
+            self.device,
+            mean=recipe.data.mean,
+            std=recipe.data.std,
+            frames_per_segment=recipe.model.frames_per_segment,
         )
         self.accumulation = self._accumulation()
         self._loaders: list[Loader] = []
@@ -337,7 +341,7 @@ class Trainer:
             loader = build_loader(
                 self.dataset,
                 split=split,
-                sampling=recipe.sampling,
+                sampling=configs.resolved_sampling(recipe),
                 augment=recipe.augment,
                 loader=recipe.loader,
                 seed=recipe.run.seed,

@@ -15,7 +15,7 @@ data: {{root: {root}, train_list: train.txt, val_list: val.txt, classes_file: cl
 sampling: {{num_segments: 4}}
 augment: {{size: 32, scales: [1.0, 0.875], resize: 32, flip: false}}
 loader: {{threads: 1}}
-model: {{depth: 18, width: 8, stages: 2, temporal: tam, dropout: 0.5}}
+model: {{depth: 18, width: 8, stages: 2, dropout: 0.5}}
 optim: {{lr: 0.02}}
 schedule: {{kind: onecycle, epochs: 2}}
 train: {{global_batch: 8, micro_batch: 4}}

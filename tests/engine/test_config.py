@@ -32,7 +32,7 @@ def test_overrides_win_over_the_file_and_are_typed():
     assert recipe.optim.lr == 0.01
     assert recipe.model.temporal == "none"
     assert recipe.model.pretrained == "012"
-    assert config.load_recipe("demo_motion8").model.temporal == "tam"
+    assert config.load_recipe("demo_motion8").model.temporal == "auto"
 
 
 def test_numbers_that_yaml_reads_as_text_become_numbers(tmp_path):
@@ -106,6 +106,15 @@ def test_bad_overrides_name_the_option(key, value, expected):
     with pytest.raises(ConfigError) as caught:
         config.load_recipe("demo_motion8", {key: value})
     assert expected in str(caught.value)
+
+
+def test_sampling_follows_the_model():
+    recipe = config.load_recipe("demo_motion8")
+    assert (recipe.sampling.kind, recipe.sampling.frames_per_segment) == ("auto", 0)
+    resolved = config.resolved_sampling(recipe)
+    assert (resolved.kind, resolved.frames_per_segment) == ("segments", 1)
+    with pytest.raises(ConfigError, match=r"sampling\.kind: expected 'segments', .* is tanet"):
+        config.load_recipe("demo_motion8", {"sampling.kind": "neighbors"})
 
 
 def test_extends_merges_one_level(tmp_path):

@@ -12,6 +12,7 @@ from accel.engine.dry_run import dry_run
 from accel.engine.run import RunFolder
 from accel.engine.trainer import Trainer
 from accel.errors import CheckpointError, ConfigError, DivergedError
+from accel.models import list_models
 from pipelines.errors import DataError
 
 KEEP_ALL = {"checkpoint.every_steps": "1", "checkpoint.keep_last": "100"}
@@ -55,6 +56,13 @@ def test_a_run_folder_is_complete(undisturbed):
     assert summary["val_num_clips"] == 16
     assert {"val_loss", "clips_per_s", "data_wait", "wall_s", "checkpoint"} <= summary.keys()
     assert load_recipe(str(out / "recipe.yaml")).optim.lr == 0.02
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_one_key_switches_the_network(name, tiny_recipe, tmp_path):
+    overrides = {"model.name": name, "train.max_steps": "2"}
+    summary = _fit(tiny_recipe, tmp_path / "run", overrides)
+    assert summary["iterations"] == 2 and summary["val_num_clips"] == 16
 
 
 def test_the_same_run_twice_gives_the_same_bits(undisturbed, tiny_recipe, tmp_path, steps_of):
