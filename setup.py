@@ -56,7 +56,8 @@ def extension() -> dict[str, object]:
     sources = [*sorted((CSRC / "bindings").glob("*.cpp")), *sorted((CSRC / "cpu").glob("*.cpp"))]
     headers = [*CSRC.glob("**/*.h"), *CSRC.glob("**/*.cuh")]
     openmp = ["-fopenmp"] if torch.backends.openmp.is_available() and os.name == "posix" else []
-    flags = {"cxx": ["-O3", "-Wall", *openmp]}
+    # Without the last flag, loops with a select on floating-point values stay scalar.
+    flags = {"cxx": ["-O3", "-Wall", *openmp, "-fno-trapping-math"]}
     build = cpp_extension.CppExtension
     if obstacle is None:
         sources += sorted((CSRC / "cuda").glob("*.cu"))
