@@ -27,13 +27,13 @@ def summary_text(summary: dict[str, Any], run_folder: Path) -> str:
             f"  best val top-1 {summary['best_val_top1']:.3f} ({summary['best_checkpoint']}); "
             "chosen on the validation set itself"
         )
-    lines += [f"  {line}" for line in temporal_ablation(run_folder)]
+    lines += [f"  {line}" for line in network_comparison(run_folder)]
     lines += [f"  checkpoint {summary['checkpoint']}", f"  curves {run_folder / 'curves.png'}"]
     return "\n".join(lines)
 
 
-def temporal_ablation(run_folder: Path) -> list[str]:
-    """One line on finished runs beside this one that differ from it in `model.temporal` only."""
+def network_comparison(run_folder: Path) -> list[str]:
+    """One line on finished runs beside this one that differ from it in the network only."""
     own = _finished(run_folder)
     if own is None:
         return []
@@ -49,18 +49,20 @@ def temporal_ablation(run_folder: Path) -> list[str]:
     if len(results) < 2:
         return []
     listed = ", ".join(f"{name} {top1:.3f}" for name, top1 in sorted(results.items()))
-    return [f"val top-1 by temporal module, same recipe otherwise: {listed}"]
+    return [f"val top-1 by network, same recipe otherwise: {listed}"]
 
 
 def _finished(folder: Path) -> tuple[str, str, float] | None:
-    """(recipe without temporal module, temporal module, val top-1) of a finished run, or None."""
+    """(recipe without the network's name, network, val top-1) of a finished run, or None."""
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-        temporal = str(recipe["model"].pop("temporal"))
+        network, temporal = (str(recipe["model"].pop(key)) for key in ("name", "temporal"))
+        if temporal == "none":
+            network += " without temporal module"
         for section in ("loader", "checkpoint", "log"):
             recipe.pop(section)
-        return json.dumps(recipe, sort_keys=True), temporal, float(summary["val_top1"])
+        return json.dumps(recipe, sort_keys=True), network, float(summary["val_top1"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         return None
 

@@ -223,9 +223,10 @@ def test_class_folders_work_as_a_dataset(capfd, tmp_path):
     assert json.loads(out.splitlines()[-1])["num_classes"] == 2
 
 
-def test_both_runs_of_the_ablation_appear_in_the_summary(capfd, recipe):
-    _run(capfd, "--recipe", recipe, "--model.temporal", "tam")
+def test_runs_of_other_networks_appear_in_the_summary(capfd, recipe):
+    _run(capfd, "--recipe", recipe)
+    _run(capfd, "--recipe", recipe, "--model.name", "tsn")
     code, out, _ = _run(capfd, "--recipe", recipe, "--model.temporal", "none")
     assert code == 0
-    line = next(line for line in out.splitlines() if "by temporal module" in line)
-    assert "none" in line and "tam" in line
+    line = next(line for line in out.splitlines() if "by network" in line)
+    assert all(name in line for name in ("tanet 0.", "tanet without temporal module", "tsn 0."))
