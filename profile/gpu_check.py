@@ -3,8 +3,9 @@
     python profile/gpu_check.py                        # everything
     python profile/gpu_check.py --only env,kernels --out /tmp/report
 
-Writes report.json, report.md and one log per section. Exit code 0: every section that ran
-has passed, 1: one failed, 2: no GPU. Every number is measured in this run; what did not run is reported as such.
+Writes report.json, report.md and one log per section. Exit code 0: every section that ran has
+passed, 1: one failed, 2: no GPU. Every number is measured in this run; what did not run is reported
+as such.
 """
 
 import argparse
@@ -39,6 +40,13 @@ COMMANDS = {
         [PYTHON, "profile/kernels_bench.py", "--device", "cuda", "--compile", "--json"],
         900,
     ),
+    **{
+        f"step_{precision}": (
+            [PYTHON, "profile/step.py", "--device", "cuda", "--precision", precision, "--json"],
+            900,
+        )
+        for precision in ("bf16", "fp16")
+    },
 }
 SECTIONS = ("env", *COMMANDS)
 SMI_FIELDS = "name,driver_version,power.limit,clocks.max.sm,clocks.max.mem,memory.total"
@@ -71,6 +79,9 @@ def environment() -> dict[str, Any]:
 def run_section(name: str, out: Path) -> dict[str, Any]:
     """Run one command with its time limit; its output goes to <out>/<name>.log."""
     command, limit_s = COMMANDS[name]
+    if name == "step_bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        outcome = "not run: this GPU has no bf16 arithmetic"
+        return {"outcome": outcome, "seconds": 0.0, "last_line": ""}
     log = out / f"{name}.log"
     start = time.monotonic()
     with log.open("w") as file:
@@ -91,13 +102,13 @@ def run_section(name: str, out: Path) -> dict[str, Any]:
     lines = log.read_text(errors="replace").splitlines()
     section = {"outcome": outcome, "seconds": round(time.monotonic() - start, 1)}
     section["last_line"] = lines[-1][:200] if lines else ""
-    if name == "kernels" and outcome == "passed":
+    if name.startswith(("kernels", "step")) and outcome == "passed":
         section.update(json.loads(lines[-1]), last_line="")
     return section
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report as text: environment, outcomes, and the operators beside a copy."""
+    """The report as text: environment, outcomes, operators beside a copy, steps beside TSN."""
     lines = ["# GPU check", ""]
     lines += [f"- {key}: {value}" for key, value in report.get("env", {}).items()]
     lines += ["", "| section | outcome | seconds | last line |", "|---|---|---|---|"]
@@ -114,6 +125,13 @@ def markdown(report: dict[str, Any]) -> str:
             site = " | ".join(str(row[column]) for column in columns)
             numbers = f"{row['median_us']:.1f} | {row['gb_s']:.0f} | {row['of_copy']:.0%}"
             lines.append(f"| {site} | {numbers} |")
+    for name in ("step_bf16", "step_fp16"):
+        if rows := report.get(name, {}).get("models"):
+            columns = ("model", "step_ms", "p10_ms", "p90_ms", "clips_per_s", "ratio_to_tsn")
+            columns += ("ratio_to_tsn_min", "tflops", "peak_gib")
+            lines += ["", f"{name}: {report[name]['settings']['batch']} clips per step", ""]
+            lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+            lines += [f"| {' | '.join(str(row[column]) for column in columns)} |" for row in rows]
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,98 @@
+"""profile/step.py at a tiny size: every mode gives rows beside TSN; refusals are one sentence."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+PROFILE = Path(__file__).resolve().parents[2] / "profile"
+TINY = "--frames 4 --size 32 --depth 18 --width 8 --stages 2 --stem small --steps 5".split()
+
+
+def _load(name, monkeypatch):
+    """A script of profile/, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"profile_{name}", PROFILE / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run the script with arguments; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["step.py", *arguments])
+        code = _load("step", monkeypatch).main()
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.mark.parametrize("mode", ["compute", "loader", "train"])
+def test_every_mode_measures_beside_tsn(run, tiny_root, mode):
+    data = [] if mode == "compute" else ["--data", str(tiny_root)]
+    arguments = ["--mode", mode, "--models", "tanet", "--batch", "2", *TINY, *data, "--json"]
+    code, out, _ = run(*arguments)
+    assert code == 0
+    report = json.loads(out.splitlines()[-1])
+    assert [row["model"] for row in report["models"]] == ["tsn", "tanet"]
+    tsn, tanet = report["models"]
+    assert tsn["ratio_to_tsn"] == tsn["ratio_to_tsn_min"] == 1
+    assert tanet["ratio_to_tsn"] == pytest.approx(tanet["step_ms"] / tsn["step_ms"], abs=1e-3)
+    for row in report["models"]:
+        assert 0 < row["min_ms"] <= row["p10_ms"] <= row["step_ms"] <= row["p90_ms"]
+        assert row["clips_per_s"] == pytest.approx(2e3 / row["step_ms"], rel=1e-3)
+        assert row["cpu_ms"] > 0
+        assert ("loss" in row) == (mode != "loader")
+        assert ("gflop_per_clip" in row) == (mode == "compute")
+    assert report["machine"]["copy_gb_s"] > 0
+    assert {"revision", "torch_threads", "device"} <= report["environment"].keys()
+
+
+def test_gpu_check_shows_the_rows(run, monkeypatch):
+    _, out, _ = run("--models", "tanet", "--batch", "2", *TINY, "--json")
+    section = {
+        "outcome": "passed",
+        "seconds": 1.0,
+        "last_line": "",
+        **json.loads(out.split("\n")[-2]),
+    }
+    for row in section["models"]:
+        row["peak_gib"] = 1.5  # measured on CUDA only
+    text = _load("gpu_check", monkeypatch).markdown({"step_fp16": section})
+    assert "step_fp16: 2 clips per step" in text
+    row = next(line for line in text.splitlines() if line.startswith("| tanet |"))
+    assert row.endswith("| 1.5 |") and str(section["models"][1]["ratio_to_tsn"]) in row
+
+
+def test_refusals_are_one_sentence(run):
+    code, out, err = run("--models", "tanett")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "unknown network 'tanett'; known are" in err
+    code, _, err = run("--batch", "0")
+    assert code == 2 and err == "step: --batch: expected a number >= 1, got 0.\n"
+    code, _, err = run("--models", "tanet:slow")
+    assert code == 2 and "model.variant" in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device(run):
+    code, _, err = run("--device", "cuda")
+    assert code == 2 and "sees no CUDA device" in err
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_on_a_gpu(run, precision):
+    arguments = ["--models", "tanet", "--batch", "2", *TINY, "--device", "cuda", "--json"]
+    code, out, _ = run(*arguments, "--precision", precision)
+    assert code == 0
+    report = json.loads(out.splitlines()[-1])
+    assert all(row["peak_gib"] > 0 and row["step_ms"] > 0 for row in report["models"])
+    assert report["machine"]["gemm_fp16_tflops"] > 0
