@@ -17,6 +17,8 @@ class ScheduleConfig:
     """step: epochs (0-based, increasing) at whose start the rate is multiplied by gamma."""
     gamma: float = 0.1
     """step: factor at each milestone, in (0, 1]."""
+    factors: tuple[float, ...] = ()
+    """step: factor on optim.lr from each milestone on, in (0, 1]; empty = powers of gamma."""
     warmup_fraction: float = 0.3
     """onecycle: share of all iterations spent rising to optim.lr, in (0, 1)."""
     start_factor: float = 0.04
@@ -42,6 +44,13 @@ class ScheduleConfig:
                 f"schedule.milestones: must lie before schedule.epochs = {self.epochs}, "
                 f"got {self.milestones[-1]}."
             )
+        if self.factors and len(self.factors) != len(self.milestones):
+            raise ValueError(
+                f"schedule.factors: must be empty or one per milestone ({len(self.milestones)}), "
+                f"got {len(self.factors)}."
+            )
+        if not all(0 < factor <= 1 for factor in self.factors):
+            raise ValueError(f"schedule.factors: must be in (0, 1], got {list(self.factors)}.")
         if not 0 < self.gamma <= 1:
             raise ValueError(f"schedule.gamma: must be in (0, 1], got {self.gamma}.")
         if not 0 < self.warmup_fraction < 1:
@@ -57,7 +66,8 @@ class ScheduleConfig:
 def lr_factor(config: ScheduleConfig, iteration: int, steps_per_epoch: int) -> float:
     """Factor on `optim.lr` for one optimizer step.
 
-    constant: 1. step: gamma ** (milestones passed). cosine: (1 + cos(pi * epoch / epochs)) / 2.
+    constant: 1. step: gamma ** (milestones passed), or the factor of the last one passed.
+    cosine: (1 + cos(pi * epoch / epochs)) / 2.
     onecycle: half cosine from start_factor up to 1 at warmup_fraction of all iterations, then half
     cosine down to final_factor at the last one.
 
@@ -69,7 +79,10 @@ def lr_factor(config: ScheduleConfig, iteration: int, steps_per_epoch: int) -> f
     if config.kind == "constant":
         return 1.0
     if config.kind == "step":
-        return config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
+        passed = sum(epoch >= milestone for milestone in config.milestones)
+        if config.factors:
+            return (1.0, *config.factors)[passed]
+        return config.gamma**passed
     if config.kind == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * epoch / config.epochs))
     last = max(config.epochs * steps_per_epoch - 1, 1)

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from accel.errors import ConfigError
 
-ModelName = Literal["tanet", "tsn"]
+ModelName = Literal["masnet", "tanet", "tsm", "tsn"]
 Depth = Literal[18, 34, 50, 101]
 Stem = Literal["imagenet", "small"]
 Temporal = Literal["auto", "tam", "none"]
@@ -29,7 +29,8 @@ class ModelConfig:
     """The network. Segments per clip come from `sampling`, the class count from `data`."""
 
     name: ModelName = "tanet"
-    """Network: "tanet" (TAM in every block) or "tsn" (frames meet only in the final average)."""
+    """Network: "tsn" (frames meet only in the final average); with a module in every block "tanet"
+    (TAM), "tsm" (fixed shift) or "masnet" (motion and appearance)."""
 
     variant: Variant = "2d"
     """amsnet: "2d" (one frame per segment), "snippet" (three) or "slowonly" (3-D); others: "2d"."""

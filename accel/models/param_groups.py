@@ -9,7 +9,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from accel.models.network import ClipNetwork
 
-Policy = Literal["tanet_original", "tanet_mmaction2", "plain"]
+Policy = Literal["tanet_original", "tanet_mmaction2", "masnet_original", "plain"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ def parameter_groups(
     * "tanet_original" (the authors): the first convolution, other convolutions, batch norms
       without decay, linear weights at 5x, linear biases at 10x without decay.
     * "tanet_mmaction2": the same, but only the classifier is at 5x / 10x.
+    * "masnet_original": the same without faster rates: the classifier joins the others.
     * "plain": everything with two or more dimensions with decay; norms and biases without.
 
     Parameters frozen by partial batch normalization are in no group. Empty groups of the
@@ -48,7 +49,7 @@ def parameter_groups(
         model: the network; only names, modules and their order matter.
         policy: see above.
         fc_lr5: the faster rates of linear layers; false when fine-tuning from the same dataset:
-            they then join the other weights (1x) and biases (2x). Ignored by "plain".
+            they then join the other weights (1x) and biases (2x). For the tanet policies.
         partial_bn: list as if partial batch normalization were on (off); None: as the model is.
 
     Returns:
@@ -70,13 +71,15 @@ def parameter_groups(
         ParameterGroup("normal_weight", 1, 1),
         ParameterGroup("normal_bias", 2, 0),
         ParameterGroup("BN scale/shift" if policy == "tanet_original" else "bn", 1, 0),
-        ParameterGroup("custom_ops", 1, 1),
+        ParameterGroup("custom" if policy == "masnet_original" else "custom_ops", 1, 1),
         ParameterGroup("lr5_weight", 5, 1),
         ParameterGroup("lr10_bias", 10, 0),
     ]
     first_weight, first_bias, weight, bias, norm, custom, fast_weight, fast_bias = groups
     if policy == "tanet_mmaction2":
         groups.remove(custom)
+    if policy == "masnet_original":
+        groups = groups[:-2]
 
     first_conv = True
     for prefix, module in model.named_modules():
@@ -89,7 +92,10 @@ def parameter_groups(
         elif isinstance(module, nn.Linear):
             # Parity: the rule of the authors' code catches every linear layer, so the global
             # branch of TAM (G.0, G.3) trains at 5x; mmaction2 singles out the classifier.
-            fast = fc_lr5 and (policy == "tanet_original" or module is model.head.fc)
+            fast = fc_lr5 and (
+                policy == "tanet_original"
+                or (policy == "tanet_mmaction2" and module is model.head.fc)
+            )
             _add(params, fast_weight if fast else weight, fast_bias if fast else bias)
         elif isinstance(module, _BatchNorm):
             if _trained(model, module, frozen_bn, policy):

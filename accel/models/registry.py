@@ -5,14 +5,18 @@ from typing import Any
 
 from accel.errors import ConfigError
 from accel.models.config import ModelConfig, ModelName
+from accel.models.masnet import masnet
 from accel.models.network import ClipNetwork
 from accel.models.tanet import tanet
+from accel.models.tsm import tsm
 from accel.models.weights import import_weights
 
 # (config, K, T) -> the network of `config.name`
 _BUILDERS: dict[ModelName, Callable[[ModelConfig, int, int], ClipNetwork]] = {
+    "masnet": masnet,
     "tanet": tanet,
-    "tsn": tanet,
+    "tsm": tsm,
+    "tsn": tsm,
 }
 
 

@@ -86,7 +86,7 @@ class TAM(nn.Module):
 
 
 def tanet(config: ModelConfig, num_classes: int, num_segments: int) -> ClipNetwork:
-    """TANet; or TSN: the same network without TAM, when the config names or asks for that."""
+    """TANet; without its module when the config asks for plain frames."""
 
     def tam(channels: int, _stage: int) -> TAM:
         return TAM(channels, num_segments)

@@ -16,6 +16,15 @@ def test_step_decays_at_the_start_of_each_milestone_epoch():
     assert lr_factor(config, 300, 10) == pytest.approx(0.1)
 
 
+def test_step_may_state_its_factors():
+    config = ScheduleConfig(kind="step", epochs=5, milestones=(2, 3), factors=(0.5, 0.1))
+    assert [lr_factor(config, i, 1) for i in range(5)] == [1, 1, 0.5, 0.1, 0.1]
+    with pytest.raises(ValueError, match=r"one per milestone \(2\), got 1"):
+        ScheduleConfig(kind="step", epochs=5, milestones=(2, 3), factors=(0.5,))
+    with pytest.raises(ValueError, match=r"factors: must be in \(0, 1\]"):
+        ScheduleConfig(kind="step", epochs=5, milestones=(2,), factors=(1.5,))
+
+
 def test_cosine_is_constant_within_an_epoch():
     config = ScheduleConfig(kind="cosine", epochs=4)
     assert lr_factor(config, 0, 5) == 1

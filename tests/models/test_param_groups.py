@@ -5,10 +5,10 @@ from itertools import chain
 import pytest
 import torch
 
-from accel.models import build_model
+from accel.models import build_model, list_models
 from accel.models.param_groups import parameter_groups
 
-POLICIES = ["tanet_original", "tanet_mmaction2", "plain"]
+POLICIES = ["tanet_original", "tanet_mmaction2", "masnet_original", "plain"]
 
 
 def _model(name="tanet", depth=18, **options):
@@ -18,7 +18,7 @@ def _model(name="tanet", depth=18, **options):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", ["tanet", "tsn"])
+@pytest.mark.parametrize("name", list_models())
 @pytest.mark.parametrize("depth", [18, 50])
 def test_every_parameter_is_in_one_group(name, depth, policy):
     model = _model(name, depth)
@@ -45,6 +45,15 @@ def test_only_the_authors_raise_the_rate_of_the_global_branch():
         rates = {group.name: group for group in parameter_groups(model, policy)}
         assert len(rates["lr5_weight"].params) == count
         assert [*rates["lr10_bias"].params] == ["head.fc.bias"]
+
+
+def test_masnet_has_no_faster_classifier():
+    groups = {g.name: g for g in parameter_groups(_model("masnet"), "masnet_original")}
+    assert "head.fc.weight" in groups["normal_weight"].params
+    assert groups["normal_bias"].lr_mult == 2 and groups["normal_bias"].decay_mult == 0
+    taps = [name for name in groups["normal_weight"].params if name.endswith("tim.conv.weight")]
+    assert len(taps) == 4
+    assert max(group.lr_mult for group in groups.values()) == 2
 
 
 @pytest.mark.parametrize("policy", POLICIES[:2])

@@ -117,12 +117,12 @@ def run_optim_groups(case: Case) -> Results:
     grouped = {name for group in groups for name in group["params"]}
     names = [rename(name, "accel", layout) for name, _ in model.named_parameters()]
     results = Results()
-    _expect(results, "number of groups", len(groups), len(case.content["groups"]))
+    results.expect("number of groups", len(groups), len(case.content["groups"]))
     for ours, expected in zip(groups, case.content["groups"], strict=False):
         for key in ours.keys() | expected.keys():
-            _expect(results, f"{expected.get('name')}: {key}", ours.get(key), expected.get(key))
+            results.expect(f"{expected.get('name')}: {key}", ours.get(key), expected.get(key))
     left_out = [name for name in names if name not in grouped]
-    _expect(results, "in_no_group", left_out, case.content["in_no_group"])
+    results.expect("in_no_group", left_out, case.content["in_no_group"])
     return results
 
 
@@ -141,19 +141,11 @@ def run_name_map(case: Case) -> Results:
     expected = {name: value for name, value in case.content.items() if name != "case"}
     results = Results()
     ours = {rename(name, "accel", source) for name in model.state_dict()}
-    _expect(results, "names", sorted(ours - {None}), sorted(expected))
+    results.expect("names", sorted(ours - {None}), sorted(expected))
     for name, value in expected.items():
-        _expect(results, name, rename(name, source, target), value)
-        _expect(results, value, rename(value, target, source), name)
+        results.expect(name, rename(name, source, target), value)
+        results.expect(value, rename(value, target, source), name)
     return results
-
-
-def _expect(results: Results, what: str, value: object, expected: object) -> None:
-    results.facts += 1
-    if value != expected:
-        results.differences.append(
-            f"{what}: got {str(value)[:200]}, expected {str(expected)[:200]}"
-        )
 
 
 FAMILIES = {
