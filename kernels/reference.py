@@ -82,6 +82,7 @@ def deform_conv(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None =
     y = shift[:, :, 0] + taps.repeat_interleave(k)[:, None, None] + rows  # [B, k*k, H, W]
     z = shift[:, :, 1] + taps.repeat(k)[:, None, None] + columns
     inside = (y > -1) & (y < height) & (z > -1) & (z < width)
+    y, z = torch.where(inside, y, 0), torch.where(inside, z, 0)  # not infinite: 0 times it is NaN
     top, left = y.floor(), z.floor()
     down, right = y - top, z - left  # within the cell; the derivative of floor is 0
     flat = x.to(wide).flatten(2)  # [B, C, H*W]
@@ -89,9 +90,9 @@ def deform_conv(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None =
     for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
         i, j = top + dy, left + dx
         exists = inside & (i >= 0) & (i < height) & (j >= 0) & (j < width)
-        index = (i.clamp(0, height - 1) * width + j.clamp(0, width - 1)).long()
+        index = torch.where(exists, i * width + j, 0).long()
         share = (down if dy else 1 - down) * (right if dx else 1 - right)
-        share = torch.where(exists, share, torch.zeros_like(share))  # [B, k*k, H, W]
+        share = torch.where(exists, share, 0)  # [B, k*k, H, W]
         corner = flat.gather(2, index.flatten(1)[:, None].expand(-1, channels, -1))
         samples = samples + corner.view_as(samples) * share[:, None]
     out = torch.einsum("bcqhw,ocq->bohw", samples, weight.to(wide).flatten(2))
