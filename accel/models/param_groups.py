@@ -1,15 +1,26 @@
 """Which parameters share a learning-rate and a weight-decay factor."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from accel.models.msn import DeformConv
 from accel.models.network import ClipNetwork
 
-Policy = Literal["tanet_original", "tanet_mmaction2", "masnet_original", "plain"]
+Policy = Literal[
+    "tanet_original",
+    "tanet_mmaction2",
+    "masnet_original",
+    "tdn_original",
+    "msn_original",
+    "plain",
+]
+
+# Their released loops list factors and never apply them.
+_UNAPPLIED = ("tdn_original", "msn_original")
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,9 @@ class ParameterGroup:
     params: dict[str, nn.Parameter] = field(default_factory=dict)
     """Parameters by their name in the model, in module order; may be empty."""
 
+    unapplied: tuple[float, float] | None = None
+    """The published pair (lr, decay) where the released training loop ignores it."""
+
 
 def parameter_groups(
     model: ClipNetwork, policy: Policy, *, fc_lr5: bool = True, partial_bn: bool | None = None
@@ -40,16 +54,19 @@ def parameter_groups(
       without decay, linear weights at 5x, linear biases at 10x without decay.
     * "tanet_mmaction2": the same, but only the classifier is at 5x / 10x.
     * "masnet_original": the same without faster rates: the classifier joins the others.
+    * "tdn_original", "msn_original": the same, but each at 1x with decay, because the released
+      loops ignore the factors that they list (`ParameterGroup.unapplied`).
     * "plain": everything with two or more dimensions with decay; norms and biases without.
 
-    Parameters frozen by partial batch normalization are in no group. Empty groups of the
-    published policies are kept.
+    Parameters that are frozen, by partial batch normalization or by the network itself, are in no
+    group. Empty groups of the published policies are kept.
 
     Args:
         model: the network; only names, modules and their order matter.
         policy: see above.
         fc_lr5: the faster rates of linear layers; false when fine-tuning from the same dataset:
-            they then join the other weights (1x) and biases (2x). For the tanet policies.
+            they then join the other weights (1x) and biases (2x). For the tanet policies; of no
+            effect beyond names in "tdn_original" and "msn_original".
         partial_bn: list as if partial batch normalization were on (off); None: as the model is.
 
     Returns:
@@ -70,7 +87,9 @@ def parameter_groups(
         ParameterGroup("first_conv_bias", 2, 0),
         ParameterGroup("normal_weight", 1, 1),
         ParameterGroup("normal_bias", 2, 0),
-        ParameterGroup("BN scale/shift" if policy == "tanet_original" else "bn", 1, 0),
+        ParameterGroup(
+            "bn" if policy in ("tanet_mmaction2", "masnet_original") else "BN scale/shift", 1, 0
+        ),
         ParameterGroup("custom" if policy == "masnet_original" else "custom_ops", 1, 1),
         ParameterGroup("lr5_weight", 5, 1),
         ParameterGroup("lr10_bias", 10, 0),
@@ -78,22 +97,24 @@ def parameter_groups(
     first_weight, first_bias, weight, bias, norm, custom, fast_weight, fast_bias = groups
     if policy == "tanet_mmaction2":
         groups.remove(custom)
-    if policy == "masnet_original":
+    if policy == "masnet_original" or (policy in _UNAPPLIED and not fc_lr5):
         groups = groups[:-2]
 
     first_conv = True
     for prefix, module in model.named_modules():
         params = dict(module.named_parameters(prefix, recurse=False))
+        if not isinstance(module, _BatchNorm):  # whose listing may differ from the present state
+            params = {name: param for name, param in params.items() if param.requires_grad}
         if not params:
             continue
-        if isinstance(module, _ConvNd):
+        if isinstance(module, _ConvNd | DeformConv):
             _add(params, first_weight if first_conv else weight, first_bias if first_conv else bias)
             first_conv = False
         elif isinstance(module, nn.Linear):
             # Parity: the rule of the authors' code catches every linear layer, so the global
             # branch of TAM (G.0, G.3) trains at 5x; mmaction2 singles out the classifier.
             fast = fc_lr5 and (
-                policy == "tanet_original"
+                policy in ("tanet_original", *_UNAPPLIED)
                 or (policy == "tanet_mmaction2" and module is model.head.fc)
             )
             _add(params, fast_weight if fast else weight, fast_bias if fast else bias)
@@ -105,6 +126,12 @@ def parameter_groups(
                 f'parameter_groups: policy "{policy}" has no rule for {type(module).__name__} '
                 f'({prefix}); use "plain".'
             )
+    if policy in _UNAPPLIED:
+        # Parity: TDN, MSN: every parameter trains at the base rate with full decay, norms too.
+        return [
+            replace(group, lr_mult=1, decay_mult=1, unapplied=(group.lr_mult, group.decay_mult))
+            for group in groups
+        ]
     return groups
 
 
@@ -127,5 +154,7 @@ def _plain_groups(model: ClipNetwork, frozen_bn: bool) -> list[ParameterGroup]:
         if isinstance(module, _BatchNorm) and not _trained(model, module, frozen_bn, "plain"):
             continue
         for name, param in module.named_parameters(prefix, recurse=False):
+            if not param.requires_grad and not isinstance(module, _BatchNorm):
+                continue
             (decay if param.dim() >= 2 else no_decay).params[name] = param
     return [decay, no_decay]

@@ -6,15 +6,19 @@ from typing import Any
 from accel.errors import ConfigError
 from accel.models.config import ModelConfig, ModelName
 from accel.models.masnet import masnet
+from accel.models.msn import msn
 from accel.models.network import ClipNetwork
 from accel.models.tanet import tanet
+from accel.models.tdn import tdn
 from accel.models.tsm import tsm
 from accel.models.weights import import_weights
 
 # (config, K, T) -> the network of `config.name`
 _BUILDERS: dict[ModelName, Callable[[ModelConfig, int, int], ClipNetwork]] = {
     "masnet": masnet,
+    "msn": msn,
     "tanet": tanet,
+    "tdn": tdn,
     "tsm": tsm,
     "tsn": tsm,
 }

@@ -32,6 +32,13 @@ def _shortcut(inplanes: int, outplanes: int, stride: int, bias: bool) -> nn.Sequ
     )
 
 
+def to_channels_last(module: nn.Module) -> None:
+    """Lay out the 2-D kernels of a module; `Module.to` would refuse if it held 3-D ones too."""
+    for parameter in module.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut: [NT, inplanes, H, W] -> [NT, planes, H/s, W/s].
 
@@ -184,9 +191,7 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        for parameter in self.parameters():
-            if parameter.dim() == 4:  # Module.to would refuse the 3-D kernels of temporal modules
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        to_channels_last(self)
 
     def forward(self, frames: Tensor) -> Tensor:
         """Feature map of the last stage; the submodules `maxpool`, `layer1`.. give the others.

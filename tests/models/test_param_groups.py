@@ -8,7 +8,14 @@ import torch
 from accel.models import build_model, list_models
 from accel.models.param_groups import parameter_groups
 
-POLICIES = ["tanet_original", "tanet_mmaction2", "masnet_original", "plain"]
+POLICIES = [
+    "tanet_original",
+    "tanet_mmaction2",
+    "masnet_original",
+    "tdn_original",
+    "msn_original",
+    "plain",
+]
 
 
 def _model(name="tanet", depth=18, **options):
@@ -23,7 +30,8 @@ def _model(name="tanet", depth=18, **options):
 def test_every_parameter_is_in_one_group(name, depth, policy):
     model = _model(name, depth)
     listed = list(chain(*(group.params for group in parameter_groups(model, policy))))
-    assert sorted(listed) == sorted(name for name, _ in model.named_parameters())
+    trained = [name for name, value in model.named_parameters() if value.requires_grad]
+    assert sorted(listed) == sorted(trained)
     for group in parameter_groups(model, policy):
         assert all(model.get_parameter(key) is value for key, value in group.params.items())
 
@@ -62,6 +70,16 @@ def test_without_lr5_linear_layers_join_the_others(policy):
     assert not groups["lr5_weight"].params and not groups["lr10_bias"].params
     assert "head.fc.weight" in groups["normal_weight"].params
     assert "head.fc.bias" in groups["normal_bias"].params
+
+
+@pytest.mark.parametrize("fc_lr5", [True, False])
+def test_tdn_and_msn_list_factors_that_they_do_not_apply(fc_lr5):
+    groups = parameter_groups(_model("tdn"), "tdn_original", fc_lr5=fc_lr5)
+    assert {(group.lr_mult, group.decay_mult) for group in groups} == {(1, 1)}
+    listed = {group.name: group.unapplied for group in groups}
+    assert listed["normal_bias"] == (2, 0)
+    assert listed["BN scale/shift"] == (1, 0)
+    assert ("lr5_weight" in listed) == fc_lr5
 
 
 def test_plain_decays_weights_only():

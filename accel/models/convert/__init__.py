@@ -1,12 +1,14 @@
 """State-dict names of published networks and ours; one file per system."""
 
-from accel.models.convert import masnet, tanet, tsm
+from accel.models.convert import masnet, msn, tanet, tdn, tsm
 from accel.models.convert.names import NameTable
 
 # By `ClipNetwork.system`.
 TABLES: dict[str, NameTable] = {
     "masnet": masnet.TABLE,
+    "msn": msn.TABLE,
     "tanet": tanet.TABLE,
+    "tdn": tdn.TABLE,
     "tsm": tsm.TABLE,
     "tsn": tsm.TABLE,
 }
