@@ -1,6 +1,7 @@
 """Temporal operators: plain PyTorch references, C++ twins and CUDA kernels behind one call each."""
 
 from kernels.deform_conv import deform_conv
+from kernels.diff_gate_shift import diff_gate_shift
 from kernels.temporal_taps import temporal_taps
 
-__all__ = ["deform_conv", "temporal_taps"]
+__all__ = ["deform_conv", "diff_gate_shift", "temporal_taps"]
