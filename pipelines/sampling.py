@@ -2,8 +2,12 @@
 
 `segment_*` choose one frame of each of T equal segments (TSN; TANet, MAS-Net and AMS-Net use it),
 `neighbor_*` the starts of five neighboring frames (TDN, MSN), `snippet_*` those of three frames
-(AMS-Net's starred models). Random functions are for training, the others for validation and test.
+(AMS-Net's starred models); `dense_*` a window of 64 frames (I3D), `clip_*` clips of frames at a
+fixed interval (mmaction: AMS-Net's and TANet's published rows). `*_train` draw at random, the
+others are for validation and test, `*_views` with several clips of one video.
 """
+
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,19 +32,25 @@ def segment_indices_train(num_frames: int, num_segments: int, rng: np.random.Gen
     return _one_per_segment(length, num_segments, rng)
 
 
-def segment_indices_center(num_frames: int, num_segments: int) -> Indices:
+def segment_indices_center(
+    num_frames: int, num_segments: int, *, faithful: bool = False
+) -> Indices:
     """The middle frame of each of `num_segments` equal segments.
 
     With tick = num_frames / num_segments, frame x is int(tick / 2 + tick x). A video with fewer
     frames than segments gives its first frame every time.
 
+    Args:
+        num_frames: N.
+        num_segments: T.
+        faithful: repeat the first frame also where N = T, as TAM and MAS-Net do when they validate
+            during training. Otherwise every frame comes once, as in their one-clip tests.
+
     Returns:
         [num_segments] int64, strictly ascending if num_frames >= num_segments, else all 0.
     """
-    if num_frames < num_segments:
+    if num_frames < num_segments or (faithful and num_frames == num_segments):
         return np.zeros(num_segments, np.int64)
-    # Parity: TAM, MAS-Net: num_frames == num_segments gives every frame once, as their one-clip
-    # test does; their validation during training repeats frame 0 there.
     tick = num_frames / num_segments
     return _ticks(tick / 2.0, tick, num_segments)
 
@@ -204,11 +214,127 @@ def snippet_indices(starts: Indices, num_frames: int, *, frames_per_segment: int
     Returns:
         [..., T * L] int64 of starts [..., T]; the L frames of a segment adjoin.
     """
-    frames = starts[..., None] + np.arange(frames_per_segment)  # [..., T, L]
-    frames = np.minimum(frames, num_frames - 1)
     # Parity: AMS-Net: a snippet that begins past the end is the video's first frame.
-    frames = np.where(starts[..., None] >= num_frames, 0, frames)
+    frames = clip_indices(starts, num_frames, clip_len=frames_per_segment, beyond="repeat_last")
     return frames.reshape(*starts.shape[:-1], -1)
+
+
+def dense_start_train(num_frames: int, rng: np.random.Generator, *, span: int = 64) -> int:
+    """First frame of a random window of `span` frames; 0 for a video that has only one."""
+    positions = max(1, num_frames - span + 1)
+    # Parity: TAM, mmaction: the last possible position is never drawn.
+    return 0 if positions == 1 else int(rng.integers(0, positions - 1))
+
+
+def dense_starts(
+    num_frames: int, *, span: int = 64, num_clips: int = 1, lower_middle: bool = False
+) -> Indices:
+    """First frames of windows of `span` frames, evenly over all positions; of one: the middle.
+
+    With P = max(1, num_frames - span + 1) positions: floor(P / 2) for one clip (floor((P - 1) / 2)
+    with `lower_middle`: MAS-Net), else the integer parts of `num_clips` numbers evenly spaced over
+    [0, P - 1].
+
+    Returns:
+        [num_clips] int64, ascending.
+    """
+    positions = max(1, num_frames - span + 1)
+    if num_clips == 1:
+        return np.array([(positions - lower_middle) // 2], np.int64)
+    return np.linspace(0, positions - 1, num_clips).astype(np.int64)
+
+
+def dense_indices(starts: Indices, num_frames: int, num_segments: int) -> Indices:
+    """`num_segments` frames over 64 frames from each start; short videos begin anew.
+
+    Returns:
+        [..., num_segments] int64 of starts [...]: (start + x floor(64 / T)) mod num_frames.
+    """
+    steps = np.arange(num_segments) * (64 // num_segments)
+    frames: Indices = (starts[..., None] + steps) % num_frames
+    return frames
+
+
+def clip_starts_train(
+    num_frames: int, num_clips: int, rng: np.random.Generator, *, span: int = 1
+) -> Indices:
+    """First frames of `num_clips` clips at random (mmaction).
+
+    With N = num_frames, K = num_clips, L = span (frames of a clip times their interval) and
+    d = floor((N - L + 1) / K): k d + U{0..d-1} if d > 0; else sorted draws from U{0..N-L} if
+    N > max(K, L); else the rounded k (N - L + 1) / K if d = 0; else 0.
+
+    Returns:
+        [num_clips] int64, ascending, in 0..num_frames (`clip_indices` bounds them).
+    """
+    free = num_frames - span + 1
+    length = free // num_clips
+    if length > 0:
+        return _one_per_segment(length, num_clips, rng)
+    if num_frames > max(num_clips, span):
+        return _sorted_draws(num_frames - span, num_clips, rng)
+    if length == 0:
+        return np.round(np.arange(num_clips) * free / num_clips).astype(np.int64)
+    return np.zeros(num_clips, np.int64)
+
+
+def clip_starts_views(
+    num_frames: int, num_clips: int, *, span: int = 1, twice: bool = False
+) -> Indices:
+    """First frames of `num_clips` test clips (mmaction 0.x; 1.x where span = 1).
+
+    With a = (num_frames - span + 1) / num_clips: int(k a + a / 2), and `twice` adds int(k a); all 0
+    for a video shorter than one clip.
+
+    Returns:
+        [num_clips or 2 num_clips] int64.
+    """
+    tick = max((num_frames - span + 1) / num_clips, 0.0)
+    starts = [tick / 2.0, 0.0] if twice else [tick / 2.0]
+    return np.concatenate([_ticks(start, tick, num_clips) for start in starts])
+
+
+def clip_starts_spread(
+    num_frames: int, num_clips: int, *, span: int, twice: bool = False
+) -> Indices:
+    """First frames of `num_clips` test clips, ends included (mmaction 1.x, several frames each).
+
+    With M = max(num_frames - span, 0): the rounded k M / (K - 1); floor(M / 2) for one clip. `span`
+    counts from a clip's first to its last frame, both included.
+
+    Returns:
+        [num_clips or 2 num_clips] int64; may lie beyond the end (`clip_indices` bounds them).
+    """
+    last = max(num_frames - span, 0)
+    if num_clips == 1:
+        return np.array([last // 2], np.int64)
+    # Parity: mmaction 1.x: `twice` goes on with the same step, beyond the end.
+    count = 2 * num_clips if twice else num_clips
+    return np.round(np.arange(count) * (last / (num_clips - 1))).astype(np.int64)
+
+
+def clip_indices(
+    starts: Indices,
+    num_frames: int,
+    *,
+    clip_len: int = 1,
+    interval: int = 1,
+    beyond: Literal["loop", "repeat_last"] = "loop",
+) -> Indices:
+    """`clip_len` frames from each start, `interval` apart.
+
+    Frames beyond the end: the video begins anew ("loop"), or the clip's last frame that is not
+    beyond the end comes again ("repeat_last"; the video's first frame if there is none).
+
+    Returns:
+        [..., clip_len] int64 of starts [...].
+    """
+    frames: Indices = starts[..., None] + np.arange(clip_len) * interval
+    if beyond == "loop":
+        frames %= num_frames
+        return frames
+    inside = np.where(frames < num_frames, frames, 0)
+    return np.where(frames < num_frames, frames, inside.max(-1, keepdims=True))
 
 
 def _one_per_segment(length: int, num_segments: int, rng: np.random.Generator) -> Indices:
