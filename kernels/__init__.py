@@ -2,6 +2,7 @@
 
 from kernels.deform_conv import deform_conv
 from kernels.diff_gate_shift import diff_gate_shift
+from kernels.mas_fuse import mas_fuse
 from kernels.temporal_taps import temporal_taps
 
-__all__ = ["deform_conv", "diff_gate_shift", "temporal_taps"]
+__all__ = ["deform_conv", "diff_gate_shift", "mas_fuse", "temporal_taps"]

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <type_traits>
+
 namespace accel_kernels {
 
 enum class DType : int { kFloat = 0, kDouble = 1, kHalf = 2, kBFloat16 = 3 };
@@ -44,6 +46,16 @@ auto dispatch_dtype(DType dtype, const Function& function) {
       break;
   }
   return function(Tag<float>{});
+}
+
+// Calls function(std::integral_constant<int, kRank>{}) with the first of the ascending kRank, kMore
+// that `rank` fits in, else the last: matrices of `rank` columns are padded to that with zeros.
+template <int kRank, int... kMore, typename Function>
+auto dispatch_rank(int rank, const Function& function) {
+  if constexpr (sizeof...(kMore) > 0) {
+    if (rank > kRank) return dispatch_rank<kMore...>(rank, function);
+  }
+  return function(std::integral_constant<int, kRank>{});
 }
 
 }  // namespace accel_kernels

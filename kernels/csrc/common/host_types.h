@@ -28,6 +28,11 @@ ACCEL_INLINE std::uint32_t bits_of_float(float value) {
   return bits;
 }
 
+ACCEL_INLINE float widen(float value) { return value; }
+ACCEL_INLINE double widen(double value) { return value; }
+ACCEL_INLINE float narrow(float value, float*) { return value; }
+ACCEL_INLINE double narrow(double value, double*) { return value; }
+
 ACCEL_INLINE float widen(BFloat16 value) {
   return float_of_bits(static_cast<std::uint32_t>(value.bits) << 16);
 }
@@ -42,7 +47,7 @@ ACCEL_INLINE float widen(Half value) {
   return float_of_bits(sign | scaled | special);
 }
 
-// Both round to nearest, ties to even.
+// These round to nearest, ties to even.
 ACCEL_INLINE BFloat16 narrow(float value, BFloat16*) {
   const std::uint32_t bits = bits_of_float(value);
   const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;

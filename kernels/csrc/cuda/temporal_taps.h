@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/dispatch.h"
+#include "common/partition.h"
 
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;  // the same declaration as CUDA's own
@@ -49,10 +50,6 @@ struct TemporalTapsBackward : TemporalTapsShape {
 };
 
 constexpr int kFramesPerUnit = 8;
-
-constexpr int divide_up(int64_t value, int64_t by) {
-  return static_cast<int>((value + by - 1) / by);
-}
 
 // Pixels of one backward work unit: doubled from 32 (partial sums are then 4/32 of one fp16 tensor
 // at most) while 512 blocks remain, which fill a large GPU twice. A function of the shape alone:
