@@ -14,6 +14,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #undef __shared__
@@ -146,6 +147,10 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 template <typename T>
 T __shfl_down_sync(unsigned, T value, unsigned delta) {
   return host_cuda::shuffle(value, host_cuda::current % host_cuda::kWarpSize + delta);
+}
+
+inline unsigned long long atomicAdd(unsigned long long* address, unsigned long long value) {
+  return std::exchange(*address, *address + value);
 }
 
 extern "C" inline __attribute__((used, visibility("default"))) void host_cuda_reverse(
