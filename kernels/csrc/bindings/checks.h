@@ -58,6 +58,16 @@ inline void check_activation(const char* op, const char* name, const Tensor& ten
                     "; use .contiguous(memory_format=torch.channels_last).");
 }
 
+// An activation of the dtype and device of another one.
+inline void check_companion(const char* op, const char* name, const Tensor& tensor,
+                            const char* x_name, const Tensor& x) {
+  check_activation(op, name, tensor);
+  TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type(), op, ": ", name, " must be ",
+                   x.scalar_type(), " like ", x_name, ", got ", tensor.scalar_type(), ".");
+  TORCH_CHECK_VALUE(tensor.device() == x.device(), op, ": ", name, " is on ", tensor.device(), ", ",
+                    x_name, " is on ", x.device(), ".");
+}
+
 // Coefficients are stored in the arithmetic type of x and lie densely.
 inline void check_coefficient(const char* op, const char* name, const Tensor& tensor, const Tensor& x) {
   const auto expected = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;

@@ -14,14 +14,6 @@
 namespace accel_kernels {
 namespace {
 
-void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& x) {
-  check_activation(op, name, tensor);
-  TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type(), op, ": ", name, " must be ",
-                   x.scalar_type(), " like x, got ", tensor.scalar_type(), ".");
-  TORCH_CHECK_VALUE(tensor.device() == x.device(), op, ": ", name, " is on ", tensor.device(),
-                    ", x is on ", x.device(), ".");
-}
-
 void fill_shape(const char* op, const Tensor& x, const Tensor& m, const Tensor& b, const Tensor& d,
                 const Tensor& w, int64_t num_segments, MasFuseShape* shape) {
   check_activation(op, "x", x);
@@ -31,8 +23,8 @@ void fill_shape(const char* op, const Tensor& x, const Tensor& m, const Tensor& 
                     ": x must hold whole clips of num_segments = ", num_segments,
                     " frames, got x of ", x.sizes(), ".");
   const int64_t batch = x.size(0) / num_segments;
-  check_like(op, "m", m, x);
-  check_like(op, "d", d, x);
+  check_companion(op, "m", m, "x", x);
+  check_companion(op, "d", d, "x", x);
   const int64_t rank = m.size(1);
   TORCH_CHECK_VALUE(rank >= 1 && rank <= kMasFuseMaxRank &&
                         m.sizes().equals({x.size(0), rank, x.size(2), x.size(3)}),
@@ -92,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mas_fuse_backward(
   const char* op = "mas_fuse_backward";
   MasFuseBackward params{};
   fill_shape(op, x, m, b, d, w, num_segments, &params);
-  check_like(op, "grad", grad, x);
+  check_companion(op, "grad", grad, "x", x);
   TORCH_CHECK_VALUE(grad.sizes() == x.sizes(), op, ": grad must be like x, got ", grad.sizes(),
                     " and ", x.sizes(), ".");
   const auto activation = [&](bool wanted, const Tensor& like) {

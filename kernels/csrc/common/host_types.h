@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "common/clones.h"
 
@@ -76,6 +77,17 @@ ACCEL_INLINE void widen_row(const scalar_t* source, float* target, int count) {
 template <typename scalar_t>
 ACCEL_INLINE void narrow_row(const float* source, scalar_t* target, int count) {
   for (int i = 0; i < count; ++i) target[i] = narrow(source[i], static_cast<scalar_t*>(nullptr));
+}
+
+// A row in the arithmetic type: `source` itself, or widened into `buffer`.
+template <typename scalar_t, typename acc_t>
+ACCEL_INLINE const acc_t* wide_row(const scalar_t* source, acc_t* buffer, int count) {
+  if constexpr (std::is_same_v<scalar_t, acc_t>) {
+    return source;
+  } else {
+    widen_row(source, buffer, count);
+    return buffer;
+  }
 }
 
 }  // namespace accel_kernels

@@ -45,13 +45,7 @@ struct Mixture {
     for (int i = 0; i < count; ++i) {
       const auto* narrow_d = static_cast<const scalar_t*>(shape.d) +
                              (n * shape.pixels + first + i) * int64_t{2} * channels;
-      const acc_t* d;
-      if constexpr (std::is_same_v<scalar_t, acc_t>) {
-        d = narrow_d;
-      } else {
-        widen_row(narrow_d, wide_d.data(), 2 * channels);
-        d = wide_d.data();
-      }
+      const acc_t* d = wide_row(narrow_d, wide_d.data(), 2 * channels);
       acc_t* __restrict motion = s0.data() + i * channels;
       acc_t* __restrict appearance = s1.data() + i * channels;
       for (int c = 0; c < channels; ++c) {
@@ -127,14 +121,10 @@ ACCEL_CLONES void forward_units(const MasFuseForward& params, int64_t begin, int
       for (int t = 0; t < frames; ++t) {
         const auto* narrow_x = static_cast<const scalar_t*>(params.x) + run + t * frame_size;
         auto* narrow_out = static_cast<scalar_t*>(params.out) + run + (t - 1) * frame_size;
-        const acc_t* x;
+        const acc_t* x = wide_row(narrow_x, wide_x.data(), length);
         acc_t* out = wide_out.data();
         if constexpr (kInPlace) {
-          x = narrow_x;
           if (t > 0) out = narrow_out;
-        } else {
-          widen_row(narrow_x, wide_x.data(), length);
-          x = wide_x.data();
         }
         for (int i = 0; i < count; ++i) {
           acc_t m[kRank];
@@ -232,14 +222,10 @@ ACCEL_CLONES void backward_units(const MasFuseBackward& params, int64_t begin, i
       for (int t = 0; t < frames; ++t, grad.advance()) {
         const int64_t offset = run + t * frame_size;
         const auto* narrow_x = static_cast<const scalar_t*>(params.x) + offset;
-        const acc_t* x;
+        const acc_t* x = wide_row(narrow_x, wide_x.data(), length);
         acc_t* dx = wide_dx.data();
         if constexpr (kInPlace) {
-          x = narrow_x;
           if (params.dx != nullptr) dx = static_cast<scalar_t*>(params.dx) + offset;
-        } else {
-          widen_row(narrow_x, wide_x.data(), length);
-          x = wide_x.data();
         }
         for (int i = 0; i < count; ++i) {
           const int at = i * channels;
