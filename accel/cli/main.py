@@ -4,11 +4,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 import accel
-from accel.cli import doctor, train
+from accel.cli import convert, doctor, models, train
 from accel.cli.rendering import run_guarded
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train.main, "train and evaluate a recipe (the same as train.py)"),
+    "convert": (convert.main, "convert a checkpoint between our layout and published ones"),
+    "models": (models.main, "list the networks with their parameters and multiply-adds"),
     "doctor": (doctor.main, "report versions, devices, DALI, the extension and name clashes"),
 }
 

@@ -88,11 +88,10 @@ class ModelConfig:
                 "cannot be left out. Use one of "
                 f"{', '.join(n for n in _CAN_BE_PLAIN if n in get_args(ModelName))}."
             )
-        variants = _VARIANTS.get(self.name, ("2d",))
-        if self.variant not in variants:
+        if self.variant not in variants(self.name):
             raise ConfigError(
                 f'model.variant: got "{self.variant}" with model.name "{self.name}", expected one '
-                f"of {list(variants)}."
+                f"of {list(variants(self.name))}."
             )
 
     @property
@@ -104,3 +103,8 @@ class ModelConfig:
     def frames_per_segment(self) -> int:
         """L, frames of one segment that the network sees stacked in its input channels."""
         return 3 if self.variant == "snippet" else _FRAMES_PER_SEGMENT.get(self.name, 1)
+
+
+def variants(name: ModelName) -> tuple[str, ...]:
+    """The variants of a network."""
+    return _VARIANTS.get(name, ("2d",))

@@ -22,6 +22,7 @@ from accel.errors import CheckpointError
 from accel.models.convert import TABLES
 from accel.models.convert.names import IMAGENET, OURS, NameTable
 from accel.models.network import ClipNetwork
+from accel.models.resnet import BLOCKS_PER_STAGE
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,9 @@ class ImportReport:
 
     kept: tuple[str, ...]
     """Names of the model's tensors that kept their values, in the model's order."""
+
+    ignored: tuple[str, ...] = ()
+    """The file's names that no tensor of the model needs, as the layout's files may have them."""
 
 
 def load_foreign(path: Path | str) -> Any:
@@ -191,7 +195,11 @@ def _is_plain(value: Any) -> bool:
 
 
 def import_weights(
-    model: ClipNetwork, path: Path | str, *, allow_classifier_mismatch: bool = False
+    model: ClipNetwork,
+    path: Path | str,
+    *,
+    layout: str | None = None,
+    allow_classifier_mismatch: bool = False,
 ) -> ImportReport:
     """Fill `model` from a checkpoint file of any known layout of its system; all or nothing.
 
@@ -205,6 +213,7 @@ def import_weights(
     Args:
         model: a network of `build_model`; its dtype, device and layout are kept.
         path: the file.
+        layout: of the file; None: recognized by its names.
         allow_classifier_mismatch: keep the model's classifier when the file's has another class
             count, instead of raising.
 
@@ -218,17 +227,12 @@ def import_weights(
     path = Path(path)
     foreign = read_state_dict(path)
     table = TABLES[model.system]
-    layout = table.recognize(list(foreign))
-    if layout is None:
-        raise CheckpointError(
-            path,
-            f"has names of no known layout of {model.system} ({', '.join(table.all_layouts)}), "
-            f"such as {next(iter(foreign))}.",
-        )
+    layout = layout or _recognize(table, foreign, path, model.system)
     expected = model.state_dict()
     found: dict[str, Tensor] = {}
     optional = {name for name in expected if name.endswith("num_batches_tracked")}
-    unexpected = []
+    unexpected: list[str] = []
+    ignored: list[str] = []
     for name, value in foreign.items():
         places = [ours for ours in table.rename_all(name, layout, OURS) if ours in expected]
         if layout == IMAGENET:
@@ -242,8 +246,8 @@ def import_weights(
                     found[ours] = adapted
         else:
             found |= dict.fromkeys(places, value)
-        if not places and not table.ignores(name, layout):
-            unexpected.append(name)
+        if not places:
+            (ignored if table.ignores(name, layout) else unexpected).append(name)
 
     if layout == IMAGENET:
         optional |= {n for n in expected if table.rename(n, OURS, layout) is None}
@@ -266,11 +270,116 @@ def import_weights(
         layout,
         tuple(name for name in expected if name in found),
         tuple(name for name in expected if name not in found),
+        tuple(ignored),
     )
     logger.info(
         'imported %s: layout "%s", %d of %d tensors', path, layout, len(found), len(expected)
     )
     return report
+
+
+def _recognize(table: NameTable, state: dict[str, Tensor], path: Path, system: str) -> str:
+    layout = table.recognize(list(state))
+    if layout is None:
+        raise CheckpointError(
+            path,
+            f"has names of no known layout of {system} ({', '.join(table.all_layouts)}), "
+            f"such as {next(iter(state))}.",
+        )
+    return layout
+
+
+def export_weights(model: ClipNetwork, layout: str) -> dict[str, Tensor]:
+    """The model's state dict as files of the layout have it, in the model's order.
+
+    Args:
+        model: a network of `build_model`.
+        layout: one of its system's table, but not IMAGENET, which has no place for all tensors.
+
+    Raises:
+        ValueError: the layout lacks a name.
+    """
+    table = TABLES[model.system]
+    prefix = "module." if layout in table.data_parallel else ""
+    exported = {}
+    for name, value in model.state_dict().items():
+        there = table.rename(name, OURS, layout)
+        if there is None:
+            raise ValueError(f'export_weights: layout "{layout}" has no name for {name}.')
+        exported[prefix + there] = value.contiguous()
+    return exported
+
+
+def describe(
+    state: dict[str, Tensor], path: Path, system: str, layout: str | None = None
+) -> dict[str, Any]:
+    """The arguments with which `build_model` makes the network that a state dict belongs to.
+
+    Args:
+        state: of `read_state_dict`.
+        path: its file, for messages.
+        system: a key of TABLES.
+        layout: of the file; None: recognized by its names.
+
+    Returns:
+        name, variant, depth, width, stages, stem, num_classes, num_segments (8 where no shape
+        depends on it).
+
+    Raises:
+        CheckpointError: unknown layout, an ImageNet network, or no stem, block or classifier.
+    """
+    table = TABLES[system]
+    layout = layout or _recognize(table, state, path, system)
+    if layout == IMAGENET:
+        raise CheckpointError(
+            path, "is an ImageNet network without temporal modules; give it to --model.pretrained."
+        )
+    shapes = {table.rename(name, layout, OURS): value.shape for name, value in state.items()}
+    stem, classifier = shapes.get("trunk.conv1.weight"), shapes.get(table.classifier[0])
+    blocks = [
+        sum(f"trunk.layer{stage}.{block}.conv2.weight" in shapes for block in range(100))
+        for stage in range(1, 5)
+    ]
+    stages = sum(count > 0 for count in blocks)
+    bottleneck = "trunk.layer1.0.conv3.weight" in shapes
+    depths = [
+        depth
+        for depth, counts in BLOCKS_PER_STAGE.items()
+        if list(counts[:stages]) == blocks[:stages] and (depth >= 50) == bottleneck
+    ]
+    if stem is None or classifier is None or len(stem) < 4 or not depths or not stages:
+        raise CheckpointError(
+            path,
+            f'is not a network of {system} in layout "{layout}": no stem, no classifier, or '
+            f"{blocks} blocks in its stages. Most of its names are those of {_closest(state)}.",
+        )
+    if any(name and name.startswith("trunk.layer3.1.conv1.reduce") for name in shapes):
+        variant = "slowonly"
+    else:
+        variant = "snippet" if stem[1] == 9 else "2d"
+    per_segment = shapes.get("trunk.layer1.0.temporal.G.0.weight")  # TAM: [2T, T]
+    return {
+        "name": system,
+        "variant": variant,
+        "depth": depths[0],
+        "width": stem[0],
+        "stages": stages,
+        "stem": "small" if stem[-1] == 3 else "imagenet",
+        "num_classes": classifier[0],
+        "num_segments": per_segment[1] if per_segment else 8,
+    }
+
+
+def _closest(state: dict[str, Tensor]) -> str:
+    """The system whose tables know the most names."""
+
+    def known(table: NameTable) -> int:
+        return max(
+            sum(table.rename(name, layout, OURS) is not None for name in state)
+            for layout in table.all_layouts
+        )
+
+    return max(TABLES, key=lambda system: known(TABLES[system]))
 
 
 def _fits(found: Tensor, expected: Tensor) -> bool:

@@ -42,4 +42,5 @@ TABLE = NameTable(
         ("head.fc.{leaf}", "new_fc.{leaf}", "fc.{leaf}"),
     ),
     derived={"original_fc": ("original", {"new_fc": "base_model.fc"})},
+    data_parallel=("original", "original_fc"),
 )

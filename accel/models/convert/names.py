@@ -54,6 +54,9 @@ class NameTable:
     ignored: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Layout -> templates of tensors that its files may hold and that nothing needs."""
 
+    data_parallel: tuple[str, ...] = ()
+    """Layouts whose files put `module.` before every name."""
+
     classifier: tuple[str, ...] = ("head.fc.weight", "head.fc.bias")
     """Our tensors whose shape is that of the class count."""
 

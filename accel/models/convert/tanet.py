@@ -72,4 +72,5 @@ TABLE = NameTable(
         "original_fc": ("original", {"new_fc": "base_model.fc"}),
         "prerelease": ("original", {"tam.G": "self_conv.conv_f", "tam.L": "self_conv.conv_g"}),
     },
+    data_parallel=("original", "original_fc", "prerelease"),
 )

@@ -64,4 +64,5 @@ TABLE = NameTable(
         ),
     ),
     derived={"original_fc": ("original", {"new_fc": "base_model.fc"})},
+    data_parallel=("original", "original_fc"),
 )

@@ -1,0 +1,63 @@
+"""`accel models`: parameters and multiply-adds are the published ones."""
+
+import json
+
+import pytest
+
+from accel.cli.main import main as accel
+from accel.models import list_models
+
+# Parameters, GMAC at 8 and 16 frames of 224 x 224; ResNet-50, 174 classes.
+PUBLISHED = {
+    ("tanet", "2d"): (25_127_246, 32.76, 65.51),
+    ("tsn", "2d"): (23_864_558, 32.70, None),
+}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    from accel.cli.models import describe_network
+    from accel.models.config import variants
+
+    return {
+        (name, variant): describe_network(name, variant, 174, 224, 50)
+        for name in list_models()
+        for variant in variants(name)
+    }
+
+
+@pytest.mark.parametrize(("network", "figures"), PUBLISHED.items())
+def test_figures_are_the_published_ones(rows, network, figures):
+    parameters, *costs = figures
+    assert rows[network]["parameters"] == parameters
+    for num_segments, gmac in zip(("8", "16"), costs, strict=True):
+        assert gmac is None or round(rows[network]["gmac"][num_segments], 2) == gmac
+
+
+def test_the_table_and_the_json_list_every_network(capsys):
+    small = ["--size", "32", "--classes", "5", "--depth", "18"]
+    assert accel(["models", *small]) == 0
+    table = capsys.readouterr().out
+    assert accel(["models", *small, "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert {row["name"] for row in listed} == set(list_models())
+    for row in listed:
+        assert f"{row['parameters']:,}" in table
+        assert f"{row['gmac']['16']:.2f}" in table
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--classes", "0"], "num_classes: got 0"),
+        (["--classes", "x"], "invalid int value: 'x'"),
+        (["--size", "16"], "--size: got 16, expected at least 32"),
+        (["--depth", "20"], "model.depth: got 20"),
+        (["more"], "unrecognized arguments: more"),
+    ],
+)
+def test_wrong_input_is_one_sentence(options, message, capsys):
+    assert accel(["models", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
