@@ -31,21 +31,31 @@ _MACS: dict[str, Callable[..., int]] = {
 }
 
 
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
 def network_cost(build: Callable[[], ClipNetwork], *, size: int = 224) -> tuple[int, int]:
     """Parameters of a network, and multiply-adds of one clip in evaluation.
+
+    Parameters are counted as in published tables: everything in the state dict except statistics of
+    norms, so also tensors that TDN and MSN carry along without using them.
 
     Args:
         build: makes the network; called where tensors have no storage.
         size: height and width of the frames, pixels.
     """
     with FakeTensorMode():
-        model = build().eval()
+        model = build().eval().requires_grad_(False)
         frames = torch.empty(model.num_segments, 3 * model.frames_per_segment, size, size)
         counter = FlopCounterMode(display=False)
         extra = [0]
         with counter, _counted_operators(counter, extra), torch.no_grad():
             model(frames)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+        parameters = sum(
+            value.numel()
+            for name, value in model.state_dict().items()
+            if not name.endswith(_STATISTICS)
+        )
     return parameters, counter.get_total_flops() // 2 + extra[0]
 
 

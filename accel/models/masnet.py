@@ -145,10 +145,9 @@ class MotionAppearance(nn.Module):
         mean = _mean(x, self.num_segments) + self.mam.conv3(_mean(mixed, self.num_segments))
         logits = self.msm(mean)  # [N, 2C, H, W]
         motion = self.mam.conv3.weight.flatten(1)  # [C, r]
-        y = kernels.reference.mas_fuse(
+        return kernels.mas_fuse(
             x, mixed, motion, logits, self.tim.taps, num_segments=self.num_segments
         )
-        return y.contiguous(memory_format=torch.channels_last)
 
 
 def _clips(x: Tensor, num_segments: int) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from comparison import Family, Results
 from goldens import Case, CaseError
 from module_case import COMMON_ARGS, run_module
-from torch import Tensor, tensor
+from torch import Tensor, channels_last, tensor
 
 from accel.models import build_model
 from accel.models.convert import TABLES
@@ -51,7 +51,11 @@ def run_shift(case: Case) -> Results:
     if args["kernel_size"] != 3:
         raise CaseError("kernel_size other than 3 is not supported")
     shift = Shift(args["channels"], args["num_segments"])
-    return run_module(case, shift, published=_same, forward=lambda x: {"output": shift(x)})
+
+    def forward(x: Tensor) -> dict[str, Tensor]:
+        return {"output": shift(x.contiguous(memory_format=channels_last))}
+
+    return run_module(case, shift, published=_same, forward=forward)
 
 
 def run_deform_conv(case: Case) -> Results:
