@@ -4,6 +4,9 @@ Any device, any floating dtype, any strides, differentiable any number of times.
 of the public functions, which check them.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -62,12 +65,94 @@ def bn_act(
     training: bool,
     momentum: float,
     eps: float,
-) -> Tensor:
+    pool: bool = False,
+    all_reduce: Callable[[Tensor], object] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """See `kernels.bn_act`. The norm rounds to x's dtype before the shortcut is added."""
-    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    if training and all_reduce is not None:
+        y = _synchronized_norm(
+            x, weight, bias, running_mean, running_var, momentum, eps, all_reduce
+        )
+    else:
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     if shortcut is not None:
         y = y + shortcut
-    return F.relu(y) if relu else y
+    if relu:
+        y = F.relu(y)
+    return (y, y.mean(dim=(-2, -1), dtype=weight.dtype)) if pool else y
+
+
+def _synchronized_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    eps: float,
+    all_reduce: Callable[[Tensor], object],
+) -> Tensor:
+    """Batch norm with the statistics of all processes."""
+    z = x.to(weight.dtype)
+    rows = x.numel() // x.shape[1]
+    mean = z.sum(dim=(0, 2, 3)) / max(rows, 1)
+    var = (z - mean[:, None, None]).square().sum(dim=(0, 2, 3)) / max(rows, 1)
+    mean, var, count = exchange_statistics(mean, var, rows, running_mean, all_reduce)
+    update_running(running_mean, running_var, mean, var, count, momentum)
+    scale = weight * (var + eps).rsqrt()
+    return ((z - mean[:, None, None]) * scale[:, None, None] + bias[:, None, None]).to(x.dtype)
+
+
+def exchange_statistics(
+    mean: Tensor, var: Tensor, rows: int, shift: Tensor, all_reduce: Callable[[Tensor], object]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and number of rows of all processes, from those of each.
+
+    Args:
+        mean, var: [C], of this process; the variance divided by its rows.
+        rows: of this process, 0 is allowed.
+        shift: [C], equal on all processes: they exchange sums and sums of squares about it.
+        all_reduce: see `kernels.bn_act`; called once.
+
+    Returns:
+        mean [C], var [C], rows [1].
+    """
+    distance = mean - shift
+    own = torch.cat([rows * distance, rows * (var + distance.square()), mean.new_tensor([rows])])
+    total: Tensor = _AllReduce.apply(own, all_reduce)  # type: ignore[no-untyped-call]
+    distance, squares = (total[:-1] / total[-1]).chunk(2)
+    return shift + distance, (squares - distance.square()).clamp_min(0), total[-1:]
+
+
+def update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    momentum: float,
+) -> None:
+    """One step of the running statistics towards those of `count` rows, in place."""
+    unbiased = var * (count / (count - 1).clamp_min(1))
+    running_mean.lerp_(mean.detach(), momentum)
+    running_var.lerp_(unbiased.detach(), momentum)
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum of a tensor over all processes; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, all_reduce: Callable[[Tensor], object]) -> Tensor:
+        ctx.all_reduce = all_reduce
+        total = value.clone()
+        all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone()
+        ctx.all_reduce(total)
+        return total, None
 
 
 def deform_conv(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-// Two attributes of the C++ twins' hot loops.
+// Attributes of the C++ twins' hot loops.
 
 #pragma once
 
@@ -13,6 +13,8 @@
 // What a cloned function calls must become part of it, or it runs at the default instruction set.
 #if defined(__GNUC__)
 #define ACCEL_INLINE inline __attribute__((always_inline))
+#define ACCEL_INLINE_LAMBDA __attribute__((always_inline))
 #else
 #define ACCEL_INLINE inline
+#define ACCEL_INLINE_LAMBDA
 #endif
