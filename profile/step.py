@@ -238,8 +238,9 @@ def measure_with_loader(
             run(SKIPPED)
             waited = network.step.data_wait.total_s
             clock(network.times, lambda run=run: run(count), count)
-            waited = network.step.data_wait.total_s - waited
-            network.facts["data_wait"] = round(waited * 1e3 / count / network.times.wall[-1], 4)
+            if args.mode == "train":
+                waited = network.step.data_wait.total_s - waited
+                network.facts["data_wait"] = round(waited * 1e3 / count / network.times.wall[-1], 4)
             loader.close()
 
 
