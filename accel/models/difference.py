@@ -52,6 +52,7 @@ class Shift(nn.Module):
         Returns:
             [N*T, C, H, W] in the dtype of x, channels_last.
         """
+        x = x.contiguous(memory_format=torch.channels_last)
         y: Tensor = kernels.temporal_taps(x, self.taps, gate, num_segments=self.num_segments)
         return y
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import kernels
 from accel.models.config import ModelConfig
 from accel.models.difference import DifferenceResNet, Shift, difference_network, inflate_kernel
 from accel.models.network import ClipNetwork
 from accel.models.norm import BatchNormAct2d
 from accel.models.tdn import DifferenceStem
-from kernels import reference
 
 RELEASED_GROUP = 8
 """Rows that the released code takes for one clip in stem and motion module, whatever T is."""
@@ -140,7 +140,9 @@ class DeformConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> the same."""
-        return reference.deform_conv(x, self.conv_offset(x), self.weight, self.bias)
+        x = x.contiguous(memory_format=torch.channels_last)
+        y: Tensor = kernels.deform_conv(x, self.conv_offset(x), self.weight, self.bias)
+        return y
 
 
 class MotionModule(nn.Module):
@@ -181,7 +183,8 @@ class MotionModule(nn.Module):
         Returns:
             [rows, C] in (0.5, 1.5), float32 (float64 for a float64 model).
         """
-        q = self.bn1(self.conv_down(x.contiguous(memory_format=torch.channels_last)))
+        x = x.contiguous(memory_format=torch.channels_last)
+        q = self.bn1(self.conv_down(x))  # [rows, c, H, W]
         groups = torch.unflatten(q.permute(0, 2, 3, 1), 0, (-1, self.group))  # [M, g, H, W, c]
         following = groups[:, 1:].flatten(0, 1).permute(0, 3, 1, 2)  # [M*(g-1), c, H, W]
         present = groups[:, :-1].flatten(0, 1).permute(0, 3, 1, 2)
@@ -214,8 +217,9 @@ class MotionShift(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N*T, C, H, W] -> the same, channels_last."""
+        x = x.contiguous(memory_format=torch.channels_last)
         gate = self.motion_layer(x).unflatten(0, (-1, self.shift.num_segments))  # [N, T, C]
-        y: Tensor = self.shift(x.contiguous(memory_format=torch.channels_last), gate)
+        y: Tensor = self.shift(x, gate)
         return y
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import kernels
 from accel.models.config import ModelConfig
 from accel.models.difference import DifferenceResNet, Shift, difference_network, inflate_kernel
 from accel.models.network import ClipNetwork
 from accel.models.norm import BatchNormAct2d
-from kernels import reference
 
 
 class DifferenceStem(nn.Module):
@@ -92,7 +92,7 @@ class MSEModule(nn.Module):
         forward, backward = (self._scales(z) for z in self._differences(x))  # [NT, r, H, W] each
         with torch.autocast(x.device.type, enabled=False):
             m, c = zip(self._fold(forward), self._fold(backward), strict=True)  # [C, r], [C] each
-            return reference.diff_gate_shift(
+            return kernels.diff_gate_shift(
                 x,
                 forward,
                 backward,
