@@ -70,9 +70,10 @@ class Fusion(nn.Module):
 
     def forward(self, x: Tensor, s: Tensor) -> Tensor:
         """Fuse x [NT, C, H, W] and s [NT, C, h, w] into [NT, C, H, W]."""
-        if s.shape[-2:] != x.shape[-2:]:
-            s = F.interpolate(s, size=x.shape[-2:])
-        return torch.lerp(x, s, self.share)
+        if s.shape[-2:] == x.shape[-2:]:
+            return torch.lerp(x, s, self.share)
+        s = F.interpolate(self.share * s, size=x.shape[-2:])  # weighed while it is small
+        return torch.add(s, x, alpha=1 - self.share)
 
 
 class Unused(nn.Module):
