@@ -244,7 +244,9 @@ def test_incoming_gradient_of_any_strides(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(20, 16, 16, 3, (7, 7)), (3, 32, 32, 5, (28, 28))], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(20, 16, 16, 3, (7, 7)), (3, 32, 32, 5, (28, 28)), (1, 8, 8, 3, (56, 56))], ids=str
+)
 def test_repeats_bit_by_bit(shape: tuple, dtype: torch.dtype, device: str) -> None:
     inputs = make(*shape, dtype=dtype, device=device)
     first = run(inputs)

@@ -1,13 +1,13 @@
 // deform_conv: schema, argument checks, and the GEMMs over blocks of columns that stay in cache.
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/abs.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/amax.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
@@ -100,6 +100,32 @@ Problem::Problem(const char* op, const Tensor& x, const Tensor& offset, const Te
                     ".");
 }
 
+// Products with one factor [K, M] in the C++ twin: rows [R, K] -> [R, M].
+//
+// In fp32 by the operator that compiled graphs call for linear layers: oneDNN uses AVX-512 wherever
+// there is any, MKL (at::mm) only on processors of its own maker and is half as fast on others. It
+// is no public operator, so at::mm stays as the other way.
+class Product {
+ public:
+  explicit Product(const Tensor& factor) : factor_(factor) {
+    if (factor.scalar_type() != at::kFloat) return;
+    linear_ = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+    if (linear_.has_value() && linear_->schema().arguments().size() != 6) linear_.reset();
+  }
+
+  Tensor operator()(const Tensor& rows) const {
+    if (!linear_.has_value()) return at::mm(rows, factor_);
+    torch::jit::Stack stack{rows,   factor_.t(), c10::IValue(),
+                            "none", c10::List<std::optional<at::Scalar>>(), ""};
+    linear_->callBoxed(stack);
+    return stack.front().toTensor();
+  }
+
+ private:
+  Tensor factor_;
+  std::optional<c10::OperatorHandle> linear_;
+};
+
 // The groups of frames of the C++ twin.
 struct Units {
   Units(const Problem& problem, bool want_dweight) {
@@ -134,7 +160,7 @@ void forward_cpp(const Problem& problem, const Tensor& x, const Tensor& offset,
                  const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out) {
   const DeformConvShape shape = problem.shape(x, offset);
   const Units units(problem, false);
-  const Tensor transposed = problem.matrix(weight).t();  // [k*k*C, O]
+  const Product product(problem.matrix(weight).t());  // [k*k*C, O]
   const Tensor out_rows = problem.rows(out);
   for_row_blocks(problem, units, [&](int64_t, int64_t first, int64_t frames) {
     const Tensor padded = at::empty({frames, deform_conv_padded_size(shape)}, weight.options());
@@ -147,10 +173,11 @@ void forward_cpp(const Problem& problem, const Tensor& x, const Tensor& offset,
       deform_conv_columns_cpp(shape, padded.const_data_ptr(), first, row, row + count,
                               columns.mutable_data_ptr());
       Tensor target = out_rows.narrow(0, first * problem.pixels + row, count);
+      const Tensor sums = product(columns.narrow(0, 0, count));
       if (bias.has_value()) {
-        at::addmm_out(target, *bias, columns.narrow(0, 0, count), transposed);
+        at::add_out(target, sums, *bias);
       } else {
-        at::mm_out(target, columns.narrow(0, 0, count), transposed);
+        target.copy_(sums);
       }
     }
   });
@@ -163,7 +190,7 @@ void backward_cpp(const Problem& problem, const Tensor& grad, const Tensor& x,
   const bool want_dweight = dweight.numel() > 0;
   const bool want_columns = dx.numel() > 0 || doffset.numel() > 0;
   const Units units(problem, want_dweight);
-  const Tensor matrix = problem.matrix(weight);  // [O, k*k*C]
+  const Product product(problem.matrix(weight));  // [O, k*k*C]
   const Tensor grad_rows = problem.rows(grad);
   const Tensor partial =
       at::empty({want_dweight ? units.count : 0, problem.outputs, problem.width_of_columns},
@@ -171,17 +198,17 @@ void backward_cpp(const Problem& problem, const Tensor& grad, const Tensor& x,
   for_row_blocks(problem, units, [&](int64_t unit, int64_t first, int64_t frames) {
     const Tensor padded = at::empty({frames, deform_conv_padded_size(shape)}, weight.options());
     const Tensor padded_dx = dx.numel() > 0 ? at::zeros_like(padded) : Tensor();
-    const Tensor columns =
-        at::empty({units.block_rows, problem.width_of_columns}, weight.options());
+    const Tensor columns = at::empty(
+        {want_dweight ? units.block_rows : 0, problem.width_of_columns}, weight.options());
     deform_conv_pad_cpp(shape, first, frames, padded.mutable_data_ptr());
     const int64_t rows = frames * problem.pixels;
     for (int64_t row = 0; row < rows; row += units.block_rows) {
       const int64_t count = std::min(units.block_rows, rows - row);
-      Tensor block = columns.narrow(0, 0, count);
       const Tensor given = grad_rows.narrow(0, first * problem.pixels + row, count);
       if (want_dweight) {
+        const Tensor block = columns.narrow(0, 0, count);
         deform_conv_columns_cpp(shape, padded.const_data_ptr(), first, row, row + count,
-                                block.mutable_data_ptr());
+                                columns.mutable_data_ptr());
         Tensor sum = partial[unit];
         if (row == 0) {
           at::mm_out(sum, given.t(), block);
@@ -190,9 +217,8 @@ void backward_cpp(const Problem& problem, const Tensor& grad, const Tensor& x,
         }
       }
       if (want_columns) {
-        at::mm_out(block, given, matrix);
         deform_conv_gradient_cpp(shape, padded.const_data_ptr(), first, row, row + count,
-                                 block.const_data_ptr(),
+                                 product(given).const_data_ptr(),
                                  dx.numel() > 0 ? padded_dx.mutable_data_ptr() : nullptr,
                                  doffset.numel() > 0 ? doffset.mutable_data_ptr() : nullptr);
       }

@@ -3,9 +3,11 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "common/clones.h"
+#include "common/host_matrix.h"
 #include "cuda/deform_conv.h"
 
 namespace accel_kernels {
@@ -56,48 +58,131 @@ ACCEL_INLINE void place_taps(const DeformConvShape& shape, int i, int j, const T
   }
 }
 
+// A vector of neighbouring channels; what remains of them is done one by one.
 template <typename T>
-ACCEL_INLINE void sample(const T* __restrict upper, const T* __restrict lower, T y, T x,
-                         T* __restrict out, int channels) {
-  const T w00 = (1 - y) * (1 - x);
-  const T w01 = (1 - y) * x;
-  const T w10 = y * (1 - x);
-  const T w11 = y * x;
-#pragma GCC ivdep
-  for (int c = 0; c < channels; ++c) {
-    out[c] = (w00 * upper[c] + w01 * upper[c + channels]) +
-             (w10 * lower[c] + w11 * lower[c + channels]);
+using Pack = typename Lanes<T>::type;
+
+// By reference: vectors as results would need another calling convention without AVX.
+template <typename Value, typename T>
+ACCEL_INLINE void load(const T* source, Value* value) {
+  std::memcpy(value, source, sizeof(*value));
+}
+template <typename Value, typename T>
+ACCEL_INLINE void store(T* target, const Value& value) {
+  std::memcpy(target, &value, sizeof(value));
+}
+ACCEL_INLINE float sum(const Lanes<float>::type& p) {
+  return ((p[0] + p[4]) + (p[2] + p[6])) + ((p[1] + p[5]) + (p[3] + p[7]));
+}
+ACCEL_INLINE double sum(const Lanes<double>::type& p) { return (p[0] + p[2]) + (p[1] + p[3]); }
+
+// The shares of the four pixels around a sample.
+template <typename T>
+struct Shares {
+  ACCEL_INLINE Shares(T y, T x)
+      : upper_left((1 - y) * (1 - x)),
+        upper_right((1 - y) * x),
+        lower_left(y * (1 - x)),
+        lower_right(y * x) {}
+  T upper_left, upper_right, lower_left, lower_right;
+};
+
+// The four pixels around a sample: one channel of them or a vector of channels.
+template <typename Value>
+struct Pixels {
+  template <typename T>
+  ACCEL_INLINE Pixels(const T* upper, const T* lower, int channels) {
+    load(upper, &upper_left);
+    load(upper + channels, &upper_right);
+    load(lower, &lower_left);
+    load(lower + channels, &lower_right);
+  }
+  Value upper_left, upper_right, lower_left, lower_right;
+};
+
+template <typename Value, typename T>
+ACCEL_INLINE void sample_some(const T* upper, const T* lower, int channels, const Shares<T>& shares,
+                              T* out) {
+  const Pixels<Value> pixels(upper, lower, channels);
+  const Value above =
+      shares.upper_left * pixels.upper_left + shares.upper_right * pixels.upper_right;
+  const Value below =
+      shares.lower_left * pixels.lower_left + shares.lower_right * pixels.lower_right;
+  store(out, Value(above + below));
+}
+
+template <typename T>
+ACCEL_INLINE void sample(const T* upper, const T* lower, T y, T x, T* out, int channels) {
+  constexpr int kLanes = Lanes<T>::kCount;
+  const Shares<T> shares(y, x);
+  int c = 0;
+  for (; c + kLanes <= channels; c += kLanes) {
+    sample_some<Pack<T>>(upper + c, lower + c, channels, shares, out + c);
+  }
+  for (; c < channels; ++c) sample_some<T>(upper + c, lower + c, channels, shares, out + c);
+}
+
+// Products of the column's gradient with the four pixels, summed over channels.
+template <typename Value>
+struct Products {
+  Value upper_left = {}, upper_right = {}, lower_left = {}, lower_right = {};
+
+  // The gradient of the sample's position.
+  template <typename T>
+  ACCEL_INLINE void combine(T y, T x, Value* dy, Value* dx) const {
+    *dy = (1 - x) * (lower_left - upper_left) + x * (lower_right - upper_right);
+    *dx = (1 - y) * (upper_right - upper_left) + y * (lower_right - lower_left);
+  }
+};
+
+template <typename Value, typename T>
+ACCEL_INLINE void add_share(T* target, T share, const Value& g) {
+  Value value;
+  load(target, &value);
+  store(target, Value(value + share * g));
+}
+
+template <typename Value, bool kWantDx, typename T>
+ACCEL_INLINE void sample_gradient_some(const T* upper, const T* lower, T* dx_upper, T* dx_lower,
+                                       int channels, const Shares<T>& shares, const T* dcolumn,
+                                       Products<Value>* products) {
+  const Pixels<Value> pixels(upper, lower, channels);
+  Value g;
+  load(dcolumn, &g);
+  products->upper_left += g * pixels.upper_left;
+  products->upper_right += g * pixels.upper_right;
+  products->lower_left += g * pixels.lower_left;
+  products->lower_right += g * pixels.lower_right;
+  if constexpr (kWantDx) {
+    add_share(dx_upper, shares.upper_left, g);
+    add_share(dx_upper + channels, shares.upper_right, g);
+    add_share(dx_lower, shares.lower_left, g);
+    add_share(dx_lower + channels, shares.lower_right, g);
   }
 }
 
 // One sample's gradients: (dy, dx) of its position, and its share for each of four pixels.
-template <typename T, bool kWantDx>
+template <bool kWantDx, typename T>
 ACCEL_INLINE void sample_gradient(const T* upper, const T* lower, T* dx_upper, T* dx_lower, T y,
                                   T x, const T* dcolumn, int channels, T* position) {
-  const T w00 = (1 - y) * (1 - x);
-  const T w01 = (1 - y) * x;
-  const T w10 = y * (1 - x);
-  const T w11 = y * x;
-  T dy = 0;
-  T dx = 0;
-#pragma omp simd reduction(+ : dy, dx)
-  for (int c = 0; c < channels; ++c) {
-    const T v00 = upper[c];
-    const T v01 = upper[c + channels];
-    const T v10 = lower[c];
-    const T v11 = lower[c + channels];
-    const T g = dcolumn[c];
-    dy += g * ((1 - x) * (v10 - v00) + x * (v11 - v01));
-    dx += g * ((1 - y) * (v01 - v00) + y * (v11 - v10));
-    if (kWantDx) {
-      dx_upper[c] += w00 * g;
-      dx_upper[c + channels] += w01 * g;
-      dx_lower[c] += w10 * g;
-      dx_lower[c + channels] += w11 * g;
-    }
+  constexpr int kLanes = Lanes<T>::kCount;
+  const Shares<T> shares(y, x);
+  Products<Pack<T>> packed;
+  Products<T> single;
+  int c = 0;
+  for (; c + kLanes <= channels; c += kLanes) {
+    sample_gradient_some<Pack<T>, kWantDx>(upper + c, lower + c, dx_upper + c, dx_lower + c,
+                                           channels, shares, dcolumn + c, &packed);
   }
-  position[0] = dy;
-  position[1] = dx;
+  for (; c < channels; ++c) {
+    sample_gradient_some<T, kWantDx>(upper + c, lower + c, dx_upper + c, dx_lower + c, channels,
+                                     shares, dcolumn + c, &single);
+  }
+  Pack<T> dy, dx;
+  packed.combine(y, x, &dy, &dx);
+  single.combine(y, x, &position[0], &position[1]);
+  position[0] += sum(dy);
+  position[1] += sum(dx);
 }
 
 template <typename T>
@@ -140,7 +225,7 @@ ACCEL_CLONES void add_gradients(const DeformConvShape& shape, const T* padded, i
       const int64_t corner = frame + int64_t{taps.cell[q]} * channels;
       T* dx = kWantDx ? padded_dx + corner : nullptr;
       T* position = doffset == nullptr ? unwanted : doffset + first + (row * count + q) * 2;
-      sample_gradient<T, kWantDx>(padded + corner, padded + corner + row_step, dx,
+      sample_gradient<kWantDx>(padded + corner, padded + corner + row_step, dx,
                                   kWantDx ? dx + row_step : nullptr, taps.y[q], taps.x[q], dcolumns,
                                   channels, position);
     }
