@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from accel.engine.dry_run import dry_run
 from accel.engine.run import RunFolder
 from accel.engine.trainer import Trainer
 from accel.errors import CheckpointError, ConfigError, DivergedError
-from accel.models import list_models
+from accel.models import build_model, list_models
 from pipelines.errors import DataError
 
 KEEP_ALL = {"checkpoint.every_steps": "1", "checkpoint.keep_last": "100"}
@@ -63,6 +64,15 @@ def test_one_key_switches_the_network(name, tiny_recipe, tmp_path):
     overrides = {"model.name": name, "train.max_steps": "2"}
     summary = _fit(tiny_recipe, tmp_path / "run", overrides)
     assert summary["iterations"] == 2 and summary["val_num_clips"] == 16
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_the_demo_recipe_fits_every_network(name):
+    recipe = load_recipe("demo_motion8", {"model.name": name})
+    segments = recipe.sampling.num_segments
+    model = build_model(**asdict(recipe.model), num_classes=8, num_segments=segments).eval()
+    frames = torch.rand(2 * segments, 3 * recipe.model.frames_per_segment, 64, 64)
+    assert model(frames).shape == (2, 8)
 
 
 def test_the_same_run_twice_gives_the_same_bits(undisturbed, tiny_recipe, tmp_path, steps_of):
