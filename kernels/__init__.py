@@ -5,6 +5,7 @@ from kernels.branch_fuse import branch_fuse
 from kernels.deform_conv import deform_conv
 from kernels.diff_gate_shift import diff_gate_shift
 from kernels.mas_fuse import mas_fuse
+from kernels.nms import nms
 from kernels.temporal_taps import temporal_taps
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "deform_conv",
     "diff_gate_shift",
     "mas_fuse",
+    "nms",
     "temporal_taps",
 ]

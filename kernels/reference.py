@@ -225,3 +225,18 @@ def _stack_frames(frames: Tensor, frames_per_segment: int) -> Tensor:
     """[B*L, H, W, 3] -> [B, H, W, 3*L], frame-major channels."""
     segments = torch.unflatten(frames, 0, (-1, frames_per_segment))  # [B, L, H, W, 3]
     return segments.permute(0, 2, 3, 1, 4).flatten(3)
+
+
+def nms(boxes: Tensor, candidates: Tensor, *, iou_threshold: float) -> Tensor:
+    """Which boxes [S, K, 4], best first, stay; only the first candidates[s] of set s take part."""
+    first, second = boxes[:, :, None], boxes[:, None]
+    sides = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(
+        first[..., :2], second[..., :2]
+    )
+    shared = sides.clamp(min=0).prod(dim=-1)  # [S, K, K]
+    area = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)  # [S, K]
+    spares = shared / (area[:, :, None] + area[:, None] - shared) <= iou_threshold
+    keep = torch.arange(boxes.shape[1], device=boxes.device) < candidates[:, None]  # [S, K]
+    for i in range(boxes.shape[1] - 1):
+        keep[:, i + 1 :] &= ~keep[:, i, None] | spares[:, i, i + 1 :]
+    return keep

@@ -149,6 +149,10 @@ T __shfl_down_sync(unsigned, T value, unsigned delta) {
   return host_cuda::shuffle(value, host_cuda::current % host_cuda::kWarpSize + delta);
 }
 
+template <typename T>
+T __shfl_sync(unsigned, T value, int source) {
+  return host_cuda::shuffle(value, source);
+}
 inline unsigned long long atomicAdd(unsigned long long* address, unsigned long long value) {
   return std::exchange(*address, *address + value);
 }
