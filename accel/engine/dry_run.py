@@ -4,8 +4,8 @@ import time
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
+from accel.engine.step import training_loss
 from accel.engine.trainer import Trainer
 
 
@@ -25,10 +25,11 @@ def dry_run(trainer: Trainer) -> dict[str, Any]:
     def forward_backward() -> torch.Tensor:
         frames = trainer.precision.network_input(batch.clips)
         with trainer.precision.autocast():
-            logits: torch.Tensor = trainer.model(frames)
-            torch.autograd.backward(F.cross_entropy(logits.float(), batch.labels))
+            output = trainer.model(frames)
+            torch.autograd.backward(training_loss(output, batch.labels))
         if device.type == "cuda":
             torch.cuda.synchronize()
+        logits: torch.Tensor = getattr(output, "logits", output)
         return logits
 
     logits = forward_backward()  # allocations and autotuning happen here

@@ -14,6 +14,7 @@ from accel.engine.optim import Optimizer
 from accel.engine.precision import Precision
 from accel.engine.seeding import seed_everything
 from accel.engine.timing import Ranges, Stopwatch
+from accel.models.heads import AuxiliaryLogits
 from pipelines.loader import Batch
 
 
@@ -38,6 +39,22 @@ class TrainConfig:
             raise ValueError(
                 f"train.max_steps: must be >= 0 (0 = whole schedule), got {self.max_steps}."
             )
+
+
+def training_loss(output: Tensor | AuxiliaryLogits, labels: Tensor) -> Tensor:
+    """Mean cross-entropy over the clips, plus that of an auxiliary head times its weight.
+
+    Args:
+        output: of a network in training mode, for N clips.
+        labels: [N], int64.
+
+    Returns:
+        Scalar, float32.
+    """
+    if isinstance(output, AuxiliaryLogits):
+        auxiliary = F.cross_entropy(output.auxiliary.float(), labels)
+        return F.cross_entropy(output.logits.float(), labels) + output.weight * auxiliary
+    return F.cross_entropy(output.float(), labels)
 
 
 class TrainStep:
@@ -102,8 +119,7 @@ class TrainStep:
         with self._ranges("ingest"):
             frames = self._precision.network_input(batch.clips)
         with self._ranges("forward"), self._precision.autocast():
-            logits: Tensor = self._model(frames)
-            return F.cross_entropy(logits.float(), batch.labels)
+            return training_loss(self._model(frames), batch.labels)
 
     def _update(self) -> tuple[Tensor, Tensor]:
         sgd: Any = self._optimizer.sgd

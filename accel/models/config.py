@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from accel.errors import ConfigError
 
-ModelName = Literal["masnet", "msn", "tanet", "tdn", "tsm", "tsn"]
+ModelName = Literal["amsnet", "masnet", "msn", "tanet", "tdn", "tsm", "tsn"]
 Depth = Literal[18, 34, 50, 101]
 Stem = Literal["imagenet", "small"]
 Temporal = Literal["auto", "tam", "none"]
@@ -31,7 +31,7 @@ class ModelConfig:
     name: ModelName = "tanet"
     """Network: "tsn" (frames meet only in the final average); with a module in every block "tanet"
     (TAM), "tsm" (fixed shift) or "masnet" (motion and appearance); "tdn" and "msn" (differences of
-    5 frames per segment)."""
+    5 frames per segment); "amsnet" (competing temporal convolutions, a neck over two stages)."""
 
     variant: Variant = "2d"
     """amsnet: "2d" (one frame per segment), "snippet" (three) or "slowonly" (3-D); others: "2d"."""

@@ -1,32 +1,57 @@
 """Classification heads over the frames of a clip."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 
+class AuxiliaryLogits(NamedTuple):
+    """What a network with an auxiliary head returns in training.
+
+    The loss is the cross-entropy of `logits` plus `weight` times that of `auxiliary`.
+    """
+
+    logits: Tensor
+    """[N, K], of the network's classifier."""
+
+    auxiliary: Tensor
+    """[N, K], of the auxiliary head."""
+
+    weight: float
+    """Of the auxiliary loss, > 0."""
+
+
 class ConsensusHead(nn.Module):
     """Global average pool, dropout and a linear layer on every frame, then the mean over T.
-
-    The classifier starts at N(0, 0.001) with zero bias (TSN; both published TANet codes).
 
     Args:
         in_channels: channels of the feature map.
         num_classes: K.
         num_segments: T, frames of one clip.
         dropout: probability in [0, 1) of dropping a pooled feature in training.
+        init_std: the classifier starts at N(0, init_std) with zero bias; 0.001 in TSN and both
+            published TANet codes.
     """
 
     def __init__(
-        self, in_channels: int, num_classes: int, *, num_segments: int, dropout: float
+        self,
+        in_channels: int,
+        num_classes: int,
+        *,
+        num_segments: int,
+        dropout: float,
+        init_std: float = 0.001,
     ) -> None:
         super().__init__()
         self.num_segments = num_segments
+        self.init_std = init_std
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(in_channels, num_classes)
         self._initialize()
 
     def _initialize(self) -> None:
-        nn.init.normal_(self.fc.weight, std=0.001)
+        nn.init.normal_(self.fc.weight, std=self.init_std)
         nn.init.zeros_(self.fc.bias)
 
     def reset_classifier(self, num_classes: int) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from accel.models.heads import ConsensusHead
+from accel.models.heads import AuxiliaryLogits, ConsensusHead
 
 
 class ClipNetwork(nn.Module):
@@ -55,24 +55,29 @@ class ClipNetwork(nn.Module):
         logits: Tensor = self.head(features)
         return logits
 
-    def forward(self, frames: Tensor) -> Tensor:
-        """Logits of N clips.
-
-        Args:
-            frames: [N*T, 3*L, H, W], normalized, time fastest, any H and W from 32 up.
-
-        Returns:
-            [N, K] logits, float32 also under autocast (float64 for a float64 model).
-
-        Raises:
-            ValueError: frames are not [N*T, 3*L, H, W].
-        """
+    def check_frames(self, frames: Tensor) -> None:
+        """Raise ValueError unless frames are [N*T, 3*L, H, W]."""
         channels = 3 * self.frames_per_segment
         if frames.dim() != 4 or frames.shape[1] != channels or frames.shape[0] % self.num_segments:
             raise ValueError(
                 f"ClipNetwork: frames must be [N*T, {channels}, H, W] with T = "
                 f"{self.num_segments}, got {list(frames.shape)}."
             )
+
+    def forward(self, frames: Tensor) -> Tensor | AuxiliaryLogits:
+        """Logits of N clips.
+
+        Args:
+            frames: [N*T, 3*L, H, W], normalized, time fastest, any H and W from 32 up.
+
+        Returns:
+            [N, K] logits, float32 also under autocast (float64 for a float64 model). A network
+            with an auxiliary head returns AuxiliaryLogits in training mode.
+
+        Raises:
+            ValueError: frames are not [N*T, 3*L, H, W].
+        """
+        self.check_frames(frames)
         return self.forward_head(self.forward_features(frames))
 
     def reset_classifier(self, num_classes: int) -> None:
@@ -99,7 +104,7 @@ class ClipNetwork(nn.Module):
         return next(self._norms())
 
     def _norms(self) -> Iterator[nn.BatchNorm2d]:
-        return (m for m in self.trunk.modules() if isinstance(m, nn.BatchNorm2d))
+        return (m for m in self.modules() if isinstance(m, nn.BatchNorm2d))
 
     def _later_norms(self) -> Iterator[nn.BatchNorm2d]:
         return itertools.islice(self._norms(), 1, None)

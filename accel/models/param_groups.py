@@ -1,5 +1,6 @@
 """Which parameters share a learning-rate and a weight-decay factor."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
@@ -7,6 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from accel.models.convert import TABLES
 from accel.models.msn import DeformConv
 from accel.models.network import ClipNetwork
 
@@ -16,6 +18,8 @@ Policy = Literal[
     "masnet_original",
     "tdn_original",
     "msn_original",
+    "amsnet_original",
+    "amsnet_gym",
     "plain",
 ]
 
@@ -56,6 +60,8 @@ def parameter_groups(
     * "masnet_original": the same without faster rates: the classifier joins the others.
     * "tdn_original", "msn_original": the same, but each at 1x with decay, because the released
       loops ignore the factors that they list (`ParameterGroup.unapplied`).
+    * "amsnet_original": one group, everything with decay; "amsnet_gym" (fine-tuning on FineGym):
+      the same, but the classifiers at 5x without decay.
     * "plain": everything with two or more dimensions with decay; norms and biases without.
 
     Parameters that are frozen, by partial batch normalization or by the network itself, are in no
@@ -82,6 +88,8 @@ def parameter_groups(
     frozen_bn = model.partial_bn if partial_bn is None else partial_bn
     if policy == "plain":
         return _plain_groups(model, frozen_bn)
+    if policy in ("amsnet_original", "amsnet_gym"):
+        return _amsnet_groups(model, frozen_bn, fast_classifier=policy == "amsnet_gym")
     groups = [
         ParameterGroup("first_conv_weight", 1, 1),
         ParameterGroup("first_conv_bias", 2, 0),
@@ -150,11 +158,26 @@ def _trained(model: ClipNetwork, norm: _BatchNorm, frozen_bn: bool, policy: Poli
 
 def _plain_groups(model: ClipNetwork, frozen_bn: bool) -> list[ParameterGroup]:
     decay, no_decay = ParameterGroup("decay", 1, 1), ParameterGroup("no_decay", 1, 0)
+    for name, param in _trained_parameters(model, frozen_bn):
+        (decay if param.dim() >= 2 else no_decay).params[name] = param
+    return [decay, no_decay]
+
+
+def _amsnet_groups(
+    model: ClipNetwork, frozen_bn: bool, *, fast_classifier: bool
+) -> list[ParameterGroup]:
+    # Parity: amsnet: weight decay on everything, scales, shifts and biases included.
+    others, classifier = ParameterGroup("all", 1, 1), ParameterGroup("classifier", 5, 0)
+    fast = TABLES[model.system].classifier if fast_classifier else ()
+    for name, param in _trained_parameters(model, frozen_bn):
+        (classifier if name in fast else others).params[name] = param
+    return [others, classifier] if fast_classifier else [others]
+
+
+def _trained_parameters(model: ClipNetwork, frozen_bn: bool) -> Iterator[tuple[str, nn.Parameter]]:
     for prefix, module in model.named_modules():
         if isinstance(module, _BatchNorm) and not _trained(model, module, frozen_bn, "plain"):
             continue
         for name, param in module.named_parameters(prefix, recurse=False):
-            if not param.requires_grad and not isinstance(module, _BatchNorm):
-                continue
-            (decay if param.dim() >= 2 else no_decay).params[name] = param
-    return [decay, no_decay]
+            if param.requires_grad or isinstance(module, _BatchNorm):
+                yield name, param

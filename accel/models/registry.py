@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from accel.errors import ConfigError
+from accel.models.amsnet import amsnet
 from accel.models.config import ModelConfig, ModelName
 from accel.models.masnet import masnet
 from accel.models.msn import msn
@@ -15,6 +16,7 @@ from accel.models.weights import import_weights
 
 # (config, K, T) -> the network of `config.name`
 _BUILDERS: dict[ModelName, Callable[[ModelConfig, int, int], ClipNetwork]] = {
+    "amsnet": amsnet,
     "masnet": masnet,
     "msn": msn,
     "tanet": tanet,

@@ -245,7 +245,7 @@ def import_weights(
                 else:
                     found[ours] = adapted
         else:
-            found |= dict.fromkeys(places, value)
+            found |= {ours: _in_our_shape(table, layout, ours, value, expected) for ours in places}
         if not places:
             (ignored if table.ignores(name, layout) else unexpected).append(name)
 
@@ -306,7 +306,8 @@ def export_weights(model: ClipNetwork, layout: str) -> dict[str, Tensor]:
         there = table.rename(name, OURS, layout)
         if there is None:
             raise ValueError(f'export_weights: layout "{layout}" has no name for {name}.')
-        exported[prefix + there] = value.contiguous()
+        shape = value.shape if layout == OURS else table.published_shape(name, value.shape)
+        exported[prefix + there] = value.contiguous().reshape(shape)
     return exported
 
 
@@ -380,6 +381,16 @@ def _closest(state: dict[str, Tensor]) -> str:
         )
 
     return max(TABLES, key=lambda system: known(TABLES[system]))
+
+
+def _in_our_shape(
+    table: NameTable, layout: str, name: str, value: Tensor, expected: dict[str, Tensor]
+) -> Tensor:
+    """The value as ours has it, when its shape is the layout's; otherwise unchanged."""
+    shape = expected[name].shape
+    if layout != OURS and value.shape == table.published_shape(name, shape):
+        return value.reshape(shape)
+    return value
 
 
 def _fits(found: Tensor, expected: Tensor) -> bool:

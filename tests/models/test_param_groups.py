@@ -14,6 +14,8 @@ POLICIES = [
     "masnet_original",
     "tdn_original",
     "msn_original",
+    "amsnet_original",
+    "amsnet_gym",
     "plain",
 ]
 
@@ -80,6 +82,17 @@ def test_tdn_and_msn_list_factors_that_they_do_not_apply(fc_lr5):
     assert listed["normal_bias"] == (2, 0)
     assert listed["BN scale/shift"] == (1, 0)
     assert ("lr5_weight" in listed) == fc_lr5
+
+
+def test_amsnet_decays_everything_but_the_classifiers_of_gym():
+    model = _model("amsnet")
+    (everything,) = parameter_groups(model, "amsnet_original")
+    assert (everything.lr_mult, everything.decay_mult) == (1, 1)
+    others, classifier = parameter_groups(model, "amsnet_gym")
+    assert (others.lr_mult, others.decay_mult) == (1, 1)
+    assert (classifier.lr_mult, classifier.decay_mult) == (5, 0)
+    heads = [f"{head}.fc.{leaf}" for head in ("head", "aux_head") for leaf in ("weight", "bias")]
+    assert sorted(classifier.params) == sorted(heads)
 
 
 def test_plain_decays_weights_only():

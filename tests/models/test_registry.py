@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
+from accel.engine.step import training_loss
 from accel.errors import ConfigError
 from accel.models import ModelConfig, build_model, list_models
-from accel.models.heads import ConsensusHead
+from accel.models.heads import AuxiliaryLogits, ConsensusHead
 from accel.models.network import ClipNetwork
 from accel.models.resnet import ResNet
 from accel.models.tanet import TAM
@@ -41,9 +42,10 @@ def _norms(model):
 @pytest.mark.parametrize(("name", "depth"), NETWORKS)
 def test_forward_and_backward(name, depth):
     model = _small(name, depth, stages=4)
-    logits = model(_clips(model))
+    output = model(_clips(model))
+    logits = output.logits if isinstance(output, AuxiliaryLogits) else output
     assert logits.shape == (2, 5)
-    torch.nn.functional.cross_entropy(logits, torch.tensor([1, 3])).backward()
+    training_loss(output, torch.tensor([1, 3])).backward()
     for key, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, key
         assert parameter.grad is None or parameter.grad.isfinite().all(), key

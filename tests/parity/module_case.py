@@ -1,6 +1,6 @@
 """Running one module or network from a case: fill, calibrate, forward, backward, collect."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ CALIBRATION_ARGS = frozenset(
 )
 
 Forward = Callable[..., Mapping[str, Tensor]]
+Shape = Callable[[str, Sequence[int]], Sequence[int]]
 Losses = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
@@ -42,6 +43,7 @@ def run_module(
     module: nn.Module,
     *,
     published: Callable[[str], str | None],
+    published_shape: Shape = lambda _name, shape: shape,
     forward: Forward,
     features: Mapping[str, str | Feature] | None = None,
     losses: Losses | None = None,
@@ -55,6 +57,7 @@ def run_module(
         case: gives inputs, cotangents, mode, dtype, batch-norm constants, names and shapes.
         module: the thing under test, of the right structure and any values.
         published: the case's name for one of the module's state-dict names.
+        published_shape: the case's shape for one of these names and its shape in the module.
         forward: called with the inputs by name; returns the outputs by name.
         features: the case's feature names -> where they are (a path: what the submodule returns).
         losses: called with the outputs after the forward; returns scalars by name.
@@ -64,7 +67,7 @@ def run_module(
     module.to(dtype)
     for norm in _norms(module):
         norm.eps, norm.momentum = args.get("bn_eps", 1e-5), args.get("bn_momentum", 0.1)
-    names = _fill(case, module, published)
+    names = _fill(case, module, published, published_shape)
     if args.get("calibrated"):
         _calibrate(case, module, forward, dtype)
     module.train(args["mode"] == "train")
@@ -96,7 +99,9 @@ def run_module(
         for name, x in inputs.items():
             results.arrays["grad_input", name] = _numpy(x.grad)
         for name, parameter in module.named_parameters():
-            results.arrays["grad_param", names[name]] = _numpy(parameter.grad)
+            shape = published_shape(name, parameter.shape)
+            gradient = None if parameter.grad is None else parameter.grad.reshape(shape)
+            results.arrays["grad_param", names[name]] = _numpy(gradient)
     for name, buffer in module.named_buffers():
         if name in names:  # others are constants
             results.arrays["buffer", names[name]] = buffer.numpy()
@@ -138,18 +143,25 @@ def _numpy(gradient: Tensor | None):
     return None if gradient is None else gradient.numpy()
 
 
-def _fill(case: Case, module: nn.Module, published: Callable[[str], str | None]) -> dict[str, str]:
+def _fill(
+    case: Case,
+    module: nn.Module,
+    published: Callable[[str], str | None],
+    published_shape: Shape,
+) -> dict[str, str]:
     """Fill the module by the published names; return our names -> published names."""
-    names = {name: published(name) or name for name in module.state_dict()}
-    ours = {names[name]: tuple(value.shape) for name, value in module.state_dict().items()}
+    state = module.state_dict()
+    names = {name: published(name) or name for name in state}
+    shapes = {name: tuple(published_shape(name, value.shape)) for name, value in state.items()}
+    ours = {names[name]: shape for name, shape in shapes.items()}
     wrong = sorted(ours.items() ^ case.state_shapes.items())
     if wrong:
         raise CaseError(
             f"state_dict differs from the module's in {len(wrong)} entries: {wrong[:4]}"
         )
     values = {}
-    for name, tensor in module.state_dict().items():
-        filled = torch.from_numpy(fill_value(names[name], tensor.shape))
-        values[name] = filled.to(tensor.dtype)
+    for name, tensor in state.items():
+        filled = torch.from_numpy(fill_value(names[name], shapes[name]))
+        values[name] = filled.reshape(tensor.shape).to(tensor.dtype)
     module.load_state_dict(values)
     return names

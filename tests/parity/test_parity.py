@@ -42,7 +42,7 @@ def _params():
     for path in CASES:
         case = json.loads(path.read_text(encoding="utf-8"))["case"]
         name = f"{path.parent.name}-{path.stem}"
-        if ".network" in case["family"]:
+        if ".network" in case["family"] or case["family"] == "amsnet.cstp_neck":
             yield pytest.param(path, "auto", id=name, marks=pytest.mark.slow)
         elif case["args"].get("outputs"):  # a module, not a table
             yield pytest.param(path, "reference", id=f"{name}-reference")

@@ -1,10 +1,12 @@
 """State-dict names of published networks and ours; one file per system."""
 
-from accel.models.convert import masnet, msn, tanet, tdn, tsm
+from accel.models.convert import amsnet, masnet, msn, tanet, tdn, tsm
 from accel.models.convert.names import NameTable
 
 # By `ClipNetwork.system`.
 TABLES: dict[str, NameTable] = {
+    "amsnet": amsnet.TABLE,
+    "amsnet_slowonly": amsnet.SLOWONLY_TABLE,
     "masnet": masnet.TABLE,
     "msn": msn.TABLE,
     "tanet": tanet.TABLE,

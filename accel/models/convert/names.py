@@ -1,8 +1,8 @@
 """Tables of state-dict names: one row per kind of tensor, one column per layout.
 
 Each system has one table (`accel.models.convert.<system>.TABLE`). A layout is the set of names
-that one program gives to the tensors of a network; shapes and values are equal in all of them,
-except in "torchvision", the ImageNet network whose tensors fill a trunk.
+that one program gives to the tensors of a network; values are equal in all of them, shapes up to
+sizes of 1, except in "torchvision", the ImageNet network whose tensors fill a trunk.
 """
 
 import functools
@@ -29,8 +29,16 @@ Adapt = Callable[[str, Tensor, Sequence[int]], Tensor | None]
 """(our name, ImageNet tensor, shape of ours) -> value of ours, or None: ours keeps its value."""
 
 
+PublishedShape = Callable[[str, Sequence[int]], tuple[int, ...]]
+"""(our name, our shape) -> shape in every layout but OURS and IMAGENET."""
+
+
 def _unchanged(_name: str, value: Tensor, _shape: Sequence[int]) -> Tensor:
     return value
+
+
+def _same_shape(_name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(shape)
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,9 @@ class NameTable:
 
     adapt: Adapt = _unchanged
     """What a tensor of IMAGENET becomes in ours."""
+
+    published_shape: PublishedShape = _same_shape
+    """Shape of our tensor in the published layouts: the same elements in the same order."""
 
     @property
     def all_layouts(self) -> tuple[str, ...]:
