@@ -14,6 +14,7 @@ ALLOWED = {
     "kernels": {"kernels"},
     "pipelines": {"pipelines"},
     "accel.errors": set(),
+    "accel.detection": {"accel.detection", "kernels"},
     "accel.models": {"accel.models", "accel.errors", "kernels"},
     "accel.engine": {"accel", "pipelines", "kernels"},
     "accel.cli": {"accel", "pipelines.errors", "kernels"},
