@@ -75,8 +75,8 @@ def bn_act(
         all_reduce: sums a tensor over all processes in place. Training statistics are then those of
             all their x together; forward and backward call it once each, on every process, also
             with an empty batch. Needs equal running means on all of them. None: this x alone.
-        backend: "auto", "cpp" or "reference"; None: environment variable ACCEL_KERNELS, else
-            "auto".
+        backend: "auto", "cuda", "cpp" or "reference"; None: environment variable ACCEL_KERNELS,
+            else "auto".
 
     Returns:
         y: [B, C, H, W], dtype and layout of x; with `pool` (y, pooled), pooled [B, C] in weight's
@@ -128,9 +128,7 @@ def bn_act(
 
 
 def can_use_compiled(x: Tensor, shortcut: Tensor | None = None) -> tuple[bool, str]:
-    """Whether the C++ twin takes x and shortcut; and if not, why."""
-    if x.device.type != "cpu":
-        return False, f"there is no kernel for device type {x.device.type!r}"
+    """Whether the CUDA kernel or the C++ twin takes x and shortcut; and if not, why."""
     usable, reason = _library.can_run_on(x.device.type)
     if not usable:
         return False, reason

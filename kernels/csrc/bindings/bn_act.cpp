@@ -93,9 +93,14 @@ std::tuple<Tensor, Tensor> bn_act_statistics(const Tensor& x,
   const int64_t units = divide_up(params.rows(), params.rows_per_unit);
   Tensor partial = at::empty({units, 2, x.size(1)}, options);
   params.partial = partial.mutable_data_ptr();
-  for_units(units, x.numel(),
-            [&](int64_t begin, int64_t end) { bn_act_statistics_cpp(params, begin, end); });
-  bn_act_statistics_finish_cpp(params);
+  run_on_device(
+      op, x,
+      [&] {
+        for_units(units, x.numel(),
+                  [&](int64_t begin, int64_t end) { bn_act_statistics_cpp(params, begin, end); });
+        bn_act_statistics_finish_cpp(params);
+      },
+      [&](cudaStream_t stream) { return accel_bn_act_statistics(&params, stream); });
   return {mean, var};
 }
 
@@ -127,9 +132,14 @@ std::tuple<Tensor, Tensor, Tensor> bn_act(const Tensor& x, const Tensor& weight,
     params.pooled = pooled.mutable_data_ptr();
     params.pooled_partial = pooled_partial.mutable_data_ptr();
   }
-  for_units(bn_act_fwd_units_cpp(params), x.numel(),
-            [&](int64_t begin, int64_t end) { bn_act_fwd_cpp(params, begin, end); });
-  bn_act_fwd_finish_cpp(params);
+  run_on_device(
+      op, x,
+      [&] {
+        for_units(bn_act_fwd_units_cpp(params), x.numel(),
+                  [&](int64_t begin, int64_t end) { bn_act_fwd_cpp(params, begin, end); });
+        bn_act_fwd_finish_cpp(params);
+      },
+      [&](cudaStream_t stream) { return accel_bn_act_fwd(&params, stream); });
   return {y, pooled, mask};
 }
 
@@ -179,9 +189,14 @@ std::tuple<Tensor, Tensor> bn_act_backward_sums(
   params.dweight = dweight.mutable_data_ptr();
   params.dbias = dbias.mutable_data_ptr();
   params.partial = partial.mutable_data_ptr();
-  for_units(units, grad.numel(),
-            [&](int64_t begin, int64_t end) { bn_act_bwd_sums_cpp(params, begin, end); });
-  bn_act_bwd_sums_finish_cpp(params);
+  run_on_device(
+      op, grad,
+      [&] {
+        for_units(units, grad.numel(),
+                  [&](int64_t begin, int64_t end) { bn_act_bwd_sums_cpp(params, begin, end); });
+        bn_act_bwd_sums_finish_cpp(params);
+      },
+      [&](cudaStream_t stream) { return accel_bn_act_bwd_sums(&params, stream); });
   return {dweight, dbias};
 }
 
@@ -221,8 +236,13 @@ std::tuple<Tensor, Tensor> bn_act_backward(
   if (grad.numel() == 0) return {dx, dshortcut};
   params.dx = output_mask[0] ? dx.mutable_data_ptr() : nullptr;
   params.dshortcut = output_mask[1] ? dshortcut.mutable_data_ptr() : nullptr;
-  for_units(bn_act_bwd_units_cpp(params), grad.numel(),
-            [&](int64_t begin, int64_t end) { bn_act_bwd_cpp(params, begin, end); });
+  run_on_device(
+      op, grad,
+      [&] {
+        for_units(bn_act_bwd_units_cpp(params), grad.numel(),
+                  [&](int64_t begin, int64_t end) { bn_act_bwd_cpp(params, begin, end); });
+      },
+      [&](cudaStream_t stream) { return accel_bn_act_bwd(&params, stream); });
   return {dx, dshortcut};
 }
 
@@ -258,3 +278,12 @@ TORCH_LIBRARY_IMPL(accel_kernels, CPU, m) {
   m.impl("bn_act_backward_sums", &accel_kernels::bn_act_backward_sums);
   m.impl("bn_act_backward", &accel_kernels::bn_act_backward);
 }
+
+#ifdef ACCEL_WITH_CUDA
+TORCH_LIBRARY_IMPL(accel_kernels, CUDA, m) {
+  m.impl("bn_act_statistics", &accel_kernels::bn_act_statistics);
+  m.impl("bn_act", &accel_kernels::bn_act);
+  m.impl("bn_act_backward_sums", &accel_kernels::bn_act_backward_sums);
+  m.impl("bn_act_backward", &accel_kernels::bn_act_backward);
+}
+#endif

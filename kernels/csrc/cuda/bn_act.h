@@ -114,3 +114,11 @@ int64_t bn_act_bwd_units_cpp(const BnActBackward& params);
 void bn_act_bwd_cpp(const BnActBackward& params, int64_t begin, int64_t end);
 
 }  // namespace accel_kernels
+
+// CUDA launchers. Return the cudaError_t of the launch.
+extern "C" int accel_bn_act_statistics(const accel_kernels::BnActStatistics* params,
+                                       cudaStream_t stream);
+extern "C" int accel_bn_act_fwd(const accel_kernels::BnActForward* params, cudaStream_t stream);
+extern "C" int accel_bn_act_bwd_sums(const accel_kernels::BnActBackward* params,
+                                     cudaStream_t stream);
+extern "C" int accel_bn_act_bwd(const accel_kernels::BnActBackward* params, cudaStream_t stream);
