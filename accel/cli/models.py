@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     rows = [
         describe_network(name, variant, options.classes, options.size, options.depth)
         for name in list_models()
-        for variant in variants(name)
+        for variant in variants(name, options.depth)
     ]
     if options.json:
         print(json.dumps(rows, indent=1))

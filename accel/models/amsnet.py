@@ -20,7 +20,7 @@ from accel.models.cptm import CPTMBottleneck, clip_view, frame_view
 from accel.models.cstp import CSTP, AuxiliaryHead
 from accel.models.heads import AuxiliaryLogits, ConsensusHead
 from accel.models.network import ClipNetwork
-from accel.models.resnet import Bottleneck, ResNet
+from accel.models.resnet import Bottleneck, ResNet, to_channels_last
 
 CPTM_BLOCKS = {"layer3": (1, 3, 5), "layer4": (2,)}
 """Blocks of the SlowOnly ResNet-50 whose first convolution is a CPTM bottleneck."""
@@ -162,7 +162,7 @@ class AMSNet(ClipNetwork):
             dropout=config.dropout,
             init_std=INIT_STD,
         )
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
+        to_channels_last(self)
         self.set_partial_bn(config.partial_bn)
 
     def forward_features(self, frames: Tensor) -> Tensor:
@@ -198,14 +198,10 @@ class AMSNet(ClipNetwork):
 
 def amsnet(config: ModelConfig, num_classes: int, num_segments: int) -> ClipNetwork:
     """AMS-Net in the variant of the config."""
-    if config.stages < 2:
+    least = 3 if config.variant == "slowonly" else 2  # the neck joins two; time is from the third
+    if config.stages < least:
         raise ConfigError(
-            "model.stages: got 1, expected 2..4 for amsnet, whose neck joins the last two stages."
-        )
-    if config.variant == "slowonly" and (config.depth < 50 or config.stages < 3):
-        raise ConfigError(
-            f'model.variant: got "slowonly" with depth {config.depth} and {config.stages} stages, '
-            "expected depth 50 or 101 and at least 3 stages: its temporal convolutions replace the "
-            "first 1x1s of bottlenecks from stage 3 on."
+            f"model.stages: got {config.stages}, expected {least}..4 for amsnet in variant "
+            f'"{config.variant}".'
         )
     return AMSNet(config, num_classes, num_segments)

@@ -88,10 +88,11 @@ class ModelConfig:
                 "cannot be left out. Use one of "
                 f"{', '.join(n for n in _CAN_BE_PLAIN if n in get_args(ModelName))}."
             )
-        if self.variant not in variants(self.name):
+        allowed = variants(self.name, self.depth)
+        if self.variant not in allowed:
             raise ConfigError(
-                f'model.variant: got "{self.variant}" with model.name "{self.name}", expected one '
-                f"of {list(variants(self.name))}."
+                f'model.variant: got "{self.variant}" with model.name "{self.name}" and depth '
+                f"{self.depth}, expected one of {list(allowed)}."
             )
 
     @property
@@ -105,6 +106,8 @@ class ModelConfig:
         return 3 if self.variant == "snippet" else _FRAMES_PER_SEGMENT.get(self.name, 1)
 
 
-def variants(name: ModelName) -> tuple[str, ...]:
-    """The variants of a network."""
-    return _VARIANTS.get(name, ("2d",))
+def variants(name: ModelName, depth: int) -> tuple[str, ...]:
+    """The variants of a network with a ResNet of this depth."""
+    published = _VARIANTS.get(name, ("2d",))
+    # SlowOnly puts time into the first 1x1 convolutions of bottlenecks.
+    return tuple(v for v in published if v != "slowonly" or depth >= 50)

@@ -9,6 +9,9 @@ from accel.models import list_models
 
 # Parameters, GMAC at 8 and 16 frames of 224 x 224; ResNet-50, 174 classes.
 PUBLISHED = {
+    ("amsnet", "2d"): (85_914_268, 44.73, 88.47),
+    ("amsnet", "snippet"): (85_933_084, 46.62, 92.25),
+    ("amsnet", "slowonly"): (93_444_252, 50.69, 100.39),
     # Published: 58.08 and 116.17. The stem here applies its first two convolutions to differences
     # of frames, of which there are fewer; as both are linear, that is the same function.
     ("msn", "2d"): (31_017_762, 55.28, 110.56),
@@ -26,7 +29,7 @@ def rows():
     return {
         (name, variant): describe_network(name, variant, 174, 224, 50)
         for name in list_models()
-        for variant in variants(name)
+        for variant in variants(name, 50)
     }
 
 
