@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
+from accel.errors import ConfigError
 from accel.models.config import ModelConfig
 from accel.models.difference import DifferenceResNet, Shift, difference_network, inflate_kernel
 from accel.models.network import ClipNetwork
@@ -229,8 +230,13 @@ def msn(config: ModelConfig, num_classes: int, num_segments: int) -> ClipNetwork
     `config.faithful`: as the released code: groups of 8 rows whatever T is (N*T must be a multiple
     of 8), deformable kernels frozen as they were drawn, random offsets at the start. Otherwise:
     groups of T, all kernels trained, offsets zero at the start.
+
+    Raises:
+        ConfigError: one segment, not faithful.
     """
     group = RELEASED_GROUP if config.faithful else num_segments
+    if group < 2:
+        raise ConfigError("model.name: msn with model.faithful false needs at least 2 segments.")
     trunk = DifferenceResNet(
         config,
         difference_stem=DifferencePyramid(config.width, group=group, stem=config.stem),

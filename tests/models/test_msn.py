@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from accel.errors import ConfigError
 from accel.models import build_model
 from accel.models.msn import DeformConv, DifferencePyramid, MotionModule, MotionShift
 from accel.models.param_groups import parameter_groups
@@ -71,6 +72,8 @@ def test_groups_of_8_rows_whatever_the_number_of_segments_is():
         assert model(_clips(2, num_segments)).shape == (2, 5)
     with pytest.raises(ValueError, match="must be a multiple of 8, got 4 rows"):
         _model(4)(_clips(1, 4))
+    with pytest.raises(ConfigError, match="needs at least 2 segments"):
+        _model(1, faithful=False)
 
 
 @pytest.mark.parametrize("group", [8, 16])
