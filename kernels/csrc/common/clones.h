@@ -2,10 +2,11 @@
 
 #pragma once
 
-// Compiles a function for AVX2 and FMA as well and lets the loader choose, so that one binary runs
-// on every x86-64 and uses 256-bit vectors where there are any.
+// Compiles a function for AVX2 with FMA and for AVX-512 as well and lets the loader choose, so that
+// one binary runs on every x86-64 and uses 256-bit and 512-bit vectors where there are any.
 #if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && __GNUC__ >= 12
-#define ACCEL_CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
+#define ACCEL_CLONES \
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define ACCEL_CLONES
 #endif

@@ -21,7 +21,7 @@ namespace {
 // channels stay in the L1 cache while all frames of the 16 pixels pass.
 constexpr int kTilePixels = 16;
 constexpr int kTileChannels = 64;
-constexpr int kTile = kTilePixels * kTileChannels;
+constexpr int kTile = kTilePixels * kTileChannels + 64;  // distances of 4096 bytes alias in the cache
 constexpr int kForwardPixels = 64;  // of one forward work unit
 
 // Tiles and matrices have their rows padded with zeros to whole vectors.
@@ -56,38 +56,41 @@ ACCEL_INLINE void store_tile(const acc_t* source, int width, scalar_t* target, i
   }
 }
 
+// target[j, i] = source[i, j] for [rows, columns] values; target's rows are `stride` apart.
+template <typename acc_t>
+void transpose(const acc_t* source, int64_t rows, int64_t columns, acc_t* target, int64_t stride) {
+  for (int64_t j = 0; j < columns; ++j) {
+    for (int64_t i = 0; i < rows; ++i) target[j * stride + i] = source[i * columns + j];
+  }
+}
+
 // m, c and w as the tiles read them.
 template <typename acc_t>
 struct Coefficients {
-  explicit Coefficients(const DiffGateShiftShape& shape)
+  Coefficients(const DiffGateShiftShape& shape, bool backward)
       : channels(padded<acc_t>(shape.channels)),
         rank(padded<acc_t>(shape.rank)),
         by_rank(size_t{2} * rank * channels),
-        by_channel(size_t{2} * channels * rank),
+        by_channel(backward ? by_rank.size() : 0),
         c(size_t{2} * channels),
         w(size_t{3} * channels) {
-    for (int side = 0; side < 2; ++side) {
-      const auto* m = static_cast<const acc_t*>(shape.m) + int64_t{side} * shape.channels * shape.rank;
-      for (int i = 0; i < shape.channels; ++i) {
-        for (int j = 0; j < shape.rank; ++j) {
-          by_rank[(int64_t{side} * rank + j) * channels + i] = m[int64_t{i} * shape.rank + j];
-          by_channel[(int64_t{side} * channels + i) * rank + j] = m[int64_t{i} * shape.rank + j];
-        }
+    for (int64_t side = 0; side < 2; ++side) {
+      const auto* m = static_cast<const acc_t*>(shape.m) + side * shape.channels * shape.rank;
+      transpose(m, shape.channels, shape.rank, by_rank.data() + side * rank * channels, channels);
+      for (int i = 0; backward && i < shape.channels; ++i) {
+        std::copy_n(m + int64_t{i} * shape.rank, shape.rank,
+                    by_channel.data() + (side * channels + i) * rank);
       }
-      std::copy_n(static_cast<const acc_t*>(shape.c) + int64_t{side} * shape.channels,
-                  shape.channels, c.data() + int64_t{side} * channels);
+      std::copy_n(static_cast<const acc_t*>(shape.c) + side * shape.channels, shape.channels,
+                  c.data() + side * channels);
     }
-    for (int k = 0; k < 3; ++k) {
-      for (int i = 0; i < shape.channels; ++i) {
-        w[int64_t{k} * channels + i] = static_cast<const acc_t*>(shape.w)[3 * i + k];
-      }
-    }
+    transpose(static_cast<const acc_t*>(shape.w), shape.channels, 3, w.data(), channels);
   }
 
   int channels;  // C and r, padded
   int rank;
   std::vector<acc_t> by_rank;     // m as [2, r, C]
-  std::vector<acc_t> by_channel;  // m as [2, C, r]
+  std::vector<acc_t> by_channel;  // m as [2, C, r], for the backward pass
   std::vector<acc_t> c;           // [2, C]
   std::vector<acc_t> w;           // [3, C]
 };
@@ -131,26 +134,39 @@ ACCEL_INLINE void preactivations(const Coefficients<acc_t>& coefficients, int si
                       round_up(rows, 4), rank, width);
 }
 
+// Two sigmoids for the price of one division.
+template <typename acc_t>
+ACCEL_INLINE void sigmoids(acc_t f, acc_t b, Sigmoid<acc_t>& of_f, Sigmoid<acc_t>& of_b) {
+  const acc_t one = 1;
+  const acc_t e0 = exp_nonpositive(-std::abs(f));
+  const acc_t e1 = exp_nonpositive(-std::abs(b));
+  const acc_t inverse = one / ((one + e0) * (one + e1));
+  const acc_t larger0 = (one + e1) * inverse;
+  const acc_t larger1 = (one + e0) * inverse;
+  of_f = {f >= 0 ? larger0 : e0 * larger0, f >= 0 ? e0 * larger0 : larger0};
+  of_b = {b >= 0 ? larger1 : e1 * larger1, b >= 0 ? e1 * larger1 : larger1};
+}
+
 template <typename acc_t>
 ACCEL_INLINE void gate_tile(const acc_t* __restrict x, const acc_t* __restrict f,
                             const acc_t* __restrict b, acc_t* __restrict gated, int length) {
 #pragma GCC ivdep
   for (int i = 0; i < length; ++i) {
-    const acc_t both = sigmoid(f[i]).value + sigmoid(b[i]).value;
-    gated[i] = x[i] * (acc_t(0.5) + acc_t(0.5) * both);
+    Sigmoid<acc_t> s0, s1;
+    sigmoids(f[i], b[i], s0, s1);
+    gated[i] = x[i] * (acc_t(0.5) + acc_t(0.5) * (s0.value + s1.value));
   }
 }
 
 template <typename acc_t>
-ACCEL_INLINE void taps_tile(const acc_t* __restrict before, const acc_t* __restrict here,
-                            const acc_t* __restrict after, const acc_t* __restrict w, int w_row,
-                            acc_t* __restrict out, int rows, int width) {
-  for (int p = 0; p < rows; ++p) {
+ACCEL_INLINE void taps_row(const acc_t* __restrict before, const acc_t* __restrict here,
+                           const acc_t* __restrict after, const acc_t* __restrict w, int stride,
+                           acc_t* __restrict out, int width) {
+  const acc_t* __restrict second = w + stride;
+  const acc_t* __restrict third = w + 2 * stride;
 #pragma GCC ivdep
-    for (int i = 0; i < width; ++i) {
-      const int64_t at = int64_t{p} * width + i;
-      out[at] = w[i] * before[at] + w[w_row + i] * here[at] + w[2 * w_row + i] * after[at];
-    }
+  for (int i = 0; i < width; ++i) {
+    out[i] = w[i] * before[i] + second[i] * here[i] + third[i] * after[i];
   }
 }
 
@@ -162,7 +178,7 @@ ACCEL_CLONES void forward_units(const DiffGateShiftForward& params, int64_t begi
   const int pixel_units = (params.pixels + kForwardPixels - 1) / kForwardPixels;
   const int64_t frame_size = static_cast<int64_t>(params.pixels) * channels;
 
-  const Coefficients<acc_t> coefficients(params);
+  const Coefficients<acc_t> coefficients(params, false);
   Differences<acc_t> differences(frames, coefficients.rank);
   std::vector<acc_t> tiles(size_t{8} * kTile);  // zeros, x, f, b, y, then the ring of gated frames
   acc_t* zeros = tiles.data();
@@ -199,8 +215,10 @@ ACCEL_CLONES void forward_units(const DiffGateShiftForward& params, int64_t begi
             after = gated;
           }
           if (t > 0) {
-            taps_tile(before, here, after, coefficients.w.data() + c, coefficients.channels,
-                      y_tile, rows, width);
+            for (int i = 0; i < rows * width; i += width) {
+              taps_row(before + i, here + i, after + i, coefficients.w.data() + c,
+                       coefficients.channels, y_tile + i, width);
+            }
             store_tile(y_tile, width, y + (t - 1) * frame_size, channels, rows, count);
           }
           before = here;
@@ -211,35 +229,37 @@ ACCEL_CLONES void forward_units(const DiffGateShiftForward& params, int64_t begi
   }
 }
 
-// One tile of one frame: dx, the gradients of f and b in their place, and what belongs to the sums dw
-// ([3, C]) and dc ([2, C]), whose rows are `stride` apart.
+// One pixel of one frame: dx, the gradients of f and b in their place, and what belongs to the sums
+// dw ([3, C]) and dc ([2, C]), whose rows are `stride` apart.
 template <typename acc_t>
-ACCEL_INLINE void backward_tile(const acc_t* __restrict before, const acc_t* __restrict here,
-                                const acc_t* __restrict after, const acc_t* __restrict x,
-                                const acc_t* __restrict w, int stride, acc_t* __restrict f,
-                                acc_t* __restrict b, acc_t* __restrict dx, acc_t* __restrict dw,
-                                acc_t* __restrict dc, int rows, int width) {
-  for (int p = 0; p < rows; ++p) {
+ACCEL_INLINE void backward_row(const acc_t* __restrict before, const acc_t* __restrict here,
+                               const acc_t* __restrict after, const acc_t* __restrict x,
+                               const acc_t* __restrict w, int stride, acc_t* __restrict f,
+                               acc_t* __restrict b, acc_t* __restrict dx, acc_t* __restrict dw,
+                               acc_t* __restrict dc, int width) {
+  const acc_t* __restrict w_second = w + stride;
+  const acc_t* __restrict w_third = w + 2 * stride;
+  acc_t* __restrict dw_second = dw + stride;
+  acc_t* __restrict dw_third = dw + 2 * stride;
+  acc_t* __restrict dc_second = dc + stride;
 #pragma GCC ivdep
-    for (int i = 0; i < width; ++i) {
-      const int64_t at = int64_t{p} * width + i;
-      const acc_t h = w[i] * after[at] + w[stride + i] * here[at] + w[2 * stride + i] * before[at];
-      const Sigmoid<acc_t> s0 = sigmoid(f[at]);
-      const Sigmoid<acc_t> s1 = sigmoid(b[at]);
-      const acc_t gate = acc_t(0.5) + acc_t(0.5) * (s0.value + s1.value);
-      const acc_t half = acc_t(0.5) * h * x[at];
-      const acc_t gated = x[at] * gate;
-      const acc_t df = half * (s0.value * s0.complement);
-      const acc_t db = half * (s1.value * s1.complement);
-      dx[at] = h * gate;
-      f[at] = df;
-      b[at] = db;
-      dc[i] += df;
-      dc[stride + i] += db;
-      dw[i] += gated * after[at];
-      dw[stride + i] += gated * here[at];
-      dw[2 * stride + i] += gated * before[at];
-    }
+  for (int i = 0; i < width; ++i) {
+    const acc_t h = w[i] * after[i] + w_second[i] * here[i] + w_third[i] * before[i];
+    Sigmoid<acc_t> s0, s1;
+    sigmoids(f[i], b[i], s0, s1);
+    const acc_t gate = acc_t(0.5) + acc_t(0.5) * (s0.value + s1.value);
+    const acc_t half = acc_t(0.5) * h * x[i];
+    const acc_t gated = x[i] * gate;
+    const acc_t df = half * (s0.value * s0.complement);
+    const acc_t db = half * (s1.value * s1.complement);
+    dx[i] = h * gate;
+    f[i] = df;
+    b[i] = db;
+    dc[i] += df;
+    dc_second[i] += db;
+    dw[i] += gated * after[i];
+    dw_second[i] += gated * here[i];
+    dw_third[i] += gated * before[i];
   }
 }
 
@@ -252,7 +272,7 @@ ACCEL_CLONES void backward_units(const DiffGateShiftBackward& params, int64_t be
   const int64_t frame_size = static_cast<int64_t>(params.pixels) * channels;
   const DiffGateShiftUnits units(params, params.items_per_unit);
 
-  const Coefficients<acc_t> coefficients(params);
+  const Coefficients<acc_t> coefficients(params, true);
   const int wide_channels = coefficients.channels;
   const int wide_rank = coefficients.rank;
   Differences<acc_t> differences(kFrames, wide_rank);
@@ -309,9 +329,11 @@ ACCEL_CLONES void backward_units(const DiffGateShiftBackward& params, int64_t be
             preactivations(coefficients, side, differences.tile(side, s), rank, c, rows, width,
                            side_tiles[side]);
           }
-          backward_tile(before, here, after, x_tile, coefficients.w.data() + c, wide_channels,
-                        side_tiles[0], side_tiles[1], dx_tile, dw.data() + c, dc.data() + c, rows,
-                        width);
+          for (int i = 0; i < rows * width; i += width) {
+            backward_row(before + i, here + i, after + i, x_tile + i, coefficients.w.data() + c,
+                         wide_channels, side_tiles[0] + i, side_tiles[1] + i, dx_tile + i,
+                         dw.data() + c, dc.data() + c, width);
+          }
           store_tile(dx_tile, width, dx + s * frame_size, channels, rows, count);
           for (int side = 0; side < 2; ++side) {
             const acc_t* df = side_tiles[side];
@@ -341,17 +363,17 @@ ACCEL_CLONES void backward_units(const DiffGateShiftBackward& params, int64_t be
     auto* dm_row = static_cast<acc_t*>(params.dm_partial) + unit * 2 * channels * rank;
     auto* dc_row = static_cast<acc_t*>(params.dc_partial) + unit * 2 * channels;
     auto* dw_row = static_cast<acc_t*>(params.dw_partial) + unit * 3 * channels;
-    for (int side = 0; side < 2; ++side) {
-      for (int i = 0; i < channels; ++i) {
-        for (int j = 0; j < rank; ++j) {
-          dm_row[(int64_t{side} * channels + i) * rank + j] =
-              dm[(int64_t{side} * wide_rank + j) * wide_channels + i];
+    for (int64_t side = 0; side < 2; ++side) {
+      const acc_t* sums = dm.data() + side * wide_rank * wide_channels;
+      for (int j = 0; j < rank; ++j) {
+        for (int i = 0; i < channels; ++i) {
+          dm_row[(side * channels + i) * rank + j] = sums[int64_t{j} * wide_channels + i];
         }
-        dc_row[int64_t{side} * channels + i] = dc[int64_t{side} * wide_channels + i];
       }
+      std::copy_n(dc.data() + side * wide_channels, channels, dc_row + side * channels);
     }
-    for (int i = 0; i < channels; ++i) {
-      for (int k = 0; k < 3; ++k) dw_row[3 * i + k] = dw[int64_t{k} * wide_channels + i];
+    for (int k = 0; k < 3; ++k) {
+      for (int i = 0; i < channels; ++i) dw_row[3 * i + k] = dw[int64_t{k} * wide_channels + i];
     }
   }
 }
