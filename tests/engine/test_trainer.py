@@ -59,9 +59,12 @@ def test_a_run_folder_is_complete(undisturbed):
     assert load_recipe(str(out / "recipe.yaml")).optim.lr == 0.02
 
 
-@pytest.mark.parametrize("name", list_models())
-def test_one_key_switches_the_network(name, tiny_recipe, tmp_path):
-    overrides = {"model.name": name, "train.max_steps": "2"}
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, {}) for name in list_models()] + [("amsnet", {"model.variant": "snippet"})],
+)
+def test_one_key_switches_the_network(name, options, tiny_recipe, tmp_path):
+    overrides = {"model.name": name, "train.max_steps": "2", **options}
     summary = _fit(tiny_recipe, tmp_path / "run", overrides)
     assert summary["iterations"] == 2 and summary["val_num_clips"] == 16
 
