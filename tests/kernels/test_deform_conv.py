@@ -396,6 +396,14 @@ def test_autocast(dtype: torch.dtype, device: str) -> None:
         assert parameter.grad.dtype == torch.float32 and torch.isfinite(parameter.grad).all()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_leaves_fp32_activations_alone(device: str) -> None:
+    inputs = make(2, 8, 4, 3, (5, 5), dtype=torch.float32, device=device)
+    expected = run(inputs)
+    with torch.autocast(device, torch.bfloat16):
+        assert all(map(torch.equal, run(inputs), expected))
+
+
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()

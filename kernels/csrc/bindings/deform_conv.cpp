@@ -14,6 +14,8 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
 #include <array>
 #include <limits>
 #include <optional>
@@ -27,11 +29,14 @@ namespace {
 
 constexpr auto kChannelsLast = at::MemoryFormat::ChannelsLast;
 
-// A unit of the C++ twin is a group of frames. Both are functions of the shape alone.
-constexpr int64_t kUnitRows = 256;             // at least: GEMMs of fewer rows are slow
-constexpr int64_t kUnitsWithWeights = 16;      // at most, where each keeps a gradient of the weights
-constexpr int64_t kColumnElements = 1 << 18;   // of one block of columns
-constexpr int64_t kColumnRows = 64;            // at least
+// A unit of the C++ twin is a group of frames. Its split is a function of the shape alone.
+constexpr int64_t kUnitRows = 256;            // at least: GEMMs of fewer rows are slow
+constexpr int64_t kUnitsWithWeights = 16;     // at most, where each keeps a gradient of the weights
+constexpr int64_t kColumnElements = 1 << 18;  // of one block of columns
+constexpr int64_t kColumnRows = 64;           // at least
+
+// Types are chosen here; autocast would lower some of the products once more.
+using NoAutocast = c10::impl::ExcludeDispatchKeyGuard;
 
 // Everything both directions need, and rows of pixels as matrices.
 struct Problem {
@@ -138,7 +143,7 @@ struct Units {
     block_rows = std::max(kColumnElements / problem.width_of_columns, kColumnRows);
     block_rows = std::min(block_rows, frames * problem.pixels);
   }
-  int64_t frames;      // of a unit, the last may have fewer
+  int64_t frames;  // of a unit, the last may have fewer
   int64_t count;
   int64_t block_rows;  // of one GEMM
 };
@@ -326,6 +331,7 @@ int backward_cuda(const Problem& problem, const Tensor& grad, const Tensor& x, c
 Tensor deform_conv(const Tensor& x, const Tensor& offset, const Tensor& weight,
                    const std::optional<Tensor>& bias) {
   const char* op = "deform_conv";
+  const NoAutocast guard(c10::autocast_dispatch_keyset);
   const Problem problem(op, x, offset, weight);
   if (bias.has_value()) {
     TORCH_CHECK_VALUE(bias->sizes().equals({problem.outputs}), op, ": bias must be [O] = [",
@@ -355,6 +361,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv_backward(const Tensor& gr
                                                                 const Tensor& weight,
                                                                 std::array<bool, 4> output_mask) {
   const char* op = "deform_conv_backward";
+  const NoAutocast guard(c10::autocast_dispatch_keyset);
   const auto [want_dx, want_doffset, want_dweight, want_dbias] = output_mask;
   const Problem problem(op, x, offset, weight);
   check_activation(op, "grad", grad);
