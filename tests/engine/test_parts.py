@@ -15,10 +15,12 @@ from accel.engine.precision import Precision, PrecisionConfig
 from accel.engine.recorder import MAX_SKIPPED_IN_A_ROW, StepRecorder, rates
 from accel.engine.run import RunFolder, environment, resolve_device
 from accel.engine.seeding import derive_seed
+from accel.engine.step import training_loss
 from accel.engine.stop import StopSignals
 from accel.engine.timing import Ranges, Stopwatch
 from accel.errors import ConfigError, DivergedError
 from accel.models import build_model
+from accel.models.heads import AuxiliaryLogits
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -109,6 +111,21 @@ def test_network_input_stacks_the_frames_of_a_segment_in_the_channels():
 def test_tf32_on_a_cpu_is_refused():
     with pytest.raises(ConfigError, match="tf32"):
         _precision("tf32")
+
+
+def test_training_loss_adds_the_auxiliary_head_with_its_weight():
+    generator = torch.Generator().manual_seed(0)
+    logits, auxiliary = torch.randn(2, 3, 4, generator=generator)
+    labels = torch.tensor([3, 0, 1])
+
+    def entropy(x):
+        return -x.log_softmax(dim=1)[torch.arange(3), labels].mean()
+
+    torch.testing.assert_close(training_loss(logits, labels), entropy(logits))
+    loss = training_loss(AuxiliaryLogits(logits.bfloat16(), auxiliary, 0.5), labels)
+    assert loss.dtype == torch.float32
+    expected = entropy(logits.bfloat16().float()) + 0.5 * entropy(auxiliary)
+    torch.testing.assert_close(loss, expected)
 
 
 def test_metrics_are_exact_for_any_split_into_batches():

@@ -83,9 +83,10 @@ def test_a_second_process_is_refused_while_the_first_works(train_process, tmp_pa
 
 
 @pytest.mark.multi_process
-def test_two_processes_see_the_clips_and_losses_of_one(train_process, tmp_path, steps_of):
+@pytest.mark.parametrize("name", ["tanet", "amsnet"])  # without and with an auxiliary head
+def test_two_processes_see_the_clips_and_losses_of_one(train_process, tmp_path, steps_of, name):
     # Two ranks x micro-batch 4 = one process x 2 accumulated micro-batches of 4.
-    options = ("--model.dropout", "0")
+    options = ("--model.dropout", "0", "--model.name", name)
     _finish(train_process("--out", str(tmp_path / "one"), *options))
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     output, _ = _finish(
