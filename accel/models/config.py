@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from accel.errors import ConfigError
+from accel.models.norm import Implementation
 
 ModelName = Literal["amsnet", "masnet", "msn", "tanet", "tdn", "tsm", "tsn"]
 Depth = Literal[18, 34, 50, 101]
@@ -17,6 +18,7 @@ _CHOICES = {
     "stem": Stem,
     "temporal": Temporal,
     "variant": Variant,
+    "batch_norm": Implementation,
 }
 _FRAMES_PER_SEGMENT = {"tdn": 5, "msn": 5}  # others: 1, variant "snippet": 3
 _VARIANTS = {"amsnet": get_args(Variant)}  # others: "2d" alone
@@ -58,6 +60,10 @@ class ModelConfig:
 
     dropout: float = 0.5
     """Probability of dropping a pooled feature before the classifier, in [0, 1)."""
+
+    batch_norm: Implementation = "auto"
+    """What runs 2-D batch norm with the ReLU and shortcut that follow: "fused" (one operator of
+    ours), "torch" (PyTorch's operations), or "auto" (what was measured to be faster)."""
 
     partial_bn: bool = False
     """Freeze every 2-D batch norm except the first (statistics and scale/shift)."""

@@ -9,6 +9,7 @@ from accel.models.config import ModelConfig, ModelName
 from accel.models.masnet import masnet
 from accel.models.msn import msn
 from accel.models.network import ClipNetwork
+from accel.models.norm import set_implementation
 from accel.models.tanet import tanet
 from accel.models.tdn import tdn
 from accel.models.tsm import tsm
@@ -57,6 +58,7 @@ def build_model(
     if num_segments < 1:
         raise ConfigError(f"num_segments: got {num_segments}, expected an integer >= 1.")
     model = _BUILDERS[config.name](config, num_classes, num_segments)
+    set_implementation(model, config.batch_norm)
     if config.pretrained:
         import_weights(model, config.pretrained, allow_classifier_mismatch=True)
     return model

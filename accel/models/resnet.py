@@ -39,6 +39,17 @@ def to_channels_last(module: nn.Module) -> None:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
+def _norm_and_temporal(norm: BatchNormAct2d, temporal: nn.Module, x: Tensor) -> Tensor:
+    """What fills the slot, behind its norm; a module with `takes_pooled` also gets the means."""
+    y: Tensor
+    if getattr(temporal, "takes_pooled", False):
+        y, pooled = norm(x, pool=True)
+        y = temporal(y, pooled)
+    else:
+        y = temporal(norm(x))
+    return y
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut: [NT, inplanes, H, W] -> [NT, planes, H/s, W/s].
 
@@ -72,12 +83,11 @@ class BasicBlock(nn.Module):
         self.temporal = temporal or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.bn1(self.conv1(x))  # [NT, planes, H/s, W/s]
         # Our extension: the published temporal modules exist for bottlenecks only. The slot is at
         # the same place, after the first convolution, which here already has the stride.
-        y = self.temporal(y)
-        y = self.bn2(self.conv2(y), self.downsample(x))
-        return y
+        y = _norm_and_temporal(self.bn1, self.temporal, self.conv1(x))  # [NT, planes, H/s, W/s]
+        out: Tensor = self.bn2(self.conv2(y), self.downsample(x))
+        return out
 
 
 class Bottleneck(nn.Module):
@@ -119,11 +129,10 @@ class Bottleneck(nn.Module):
         self.temporal = temporal or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.bn1(self.conv1(x))  # [NT, planes, H, W]
-        y = self.temporal(y)
+        y = _norm_and_temporal(self.bn1, self.temporal, self.conv1(x))  # [NT, planes, H, W]
         y = self.bn2(self.conv2(y))  # [NT, planes, H/s, W/s]
-        y = self.bn3(self.conv3(y), self.downsample(x))  # [NT, 4*planes, H/s, W/s]
-        return y
+        out: Tensor = self.bn3(self.conv3(y), self.downsample(x))  # [NT, 4*planes, H/s, W/s]
+        return out
 
 
 class ResNet(nn.Module):

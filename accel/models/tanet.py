@@ -34,6 +34,8 @@ class TAM(nn.Module):
         beta: C // beta is the hidden width of L.
     """
 
+    takes_pooled = True
+
     def __init__(self, channels: int, num_segments: int, *, alpha: int = 2, beta: int = 4) -> None:
         super().__init__()
         if channels < beta:
@@ -57,7 +59,7 @@ class TAM(nn.Module):
             nn.Sigmoid(),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pooled: Tensor | None = None) -> Tensor:
         """Filter the clips in time.
 
         The two branches see only N*T*C numbers; they run in float32 (float64 for float64 x) also
@@ -65,6 +67,8 @@ class TAM(nn.Module):
 
         Args:
             x: [N*T, C, H, W], time fastest; copied once unless channels_last.
+            pooled: the mean of x over H and W, if the norm before has it: [N*T, C], float32
+                (float64 for float64 x).
 
         Returns:
             [N*T, C, H, W] in the dtype of x, channels_last.
@@ -73,7 +77,7 @@ class TAM(nn.Module):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         with torch.autocast(x.device.type, enabled=False):
             # Parity: both branches see the mean of x itself, not of the gated a * x.
-            theta = x.mean(dim=(-2, -1), dtype=dtype)  # [NT, C]
+            theta = x.mean(dim=(-2, -1), dtype=dtype) if pooled is None else pooled  # [NT, C]
             theta = torch.unflatten(theta, 0, (-1, self.num_segments))  # [N, T, C]
             theta = theta.transpose(1, 2)  # [N, C, T]
             taps = self.G(theta.flatten(0, 1))  # [N*C, 3]

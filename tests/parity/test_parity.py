@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from accel.models import norm
+
 HERE = Path(__file__).parent
 CASES = sorted(
     path
@@ -44,16 +46,24 @@ def _params():
         name = f"{path.parent.name}-{path.stem}"
         if ".network" in case["family"] or case["family"] == "amsnet.cstp_neck":
             yield pytest.param(path, "auto", id=name, marks=pytest.mark.slow)
+            if path.parent.name == "tanet":
+                marks = [pytest.mark.slow, pytest.mark.needs_extension]
+                yield pytest.param(path, "fused", id=f"{name}-fused", marks=marks)
         elif case["args"].get("outputs"):  # a module, not a table
             yield pytest.param(path, "reference", id=f"{name}-reference")
             marks = pytest.mark.needs_extension
             yield pytest.param(path, "cpp", id=f"{name}-cpp", marks=marks)
+            if "block" in path.stem or "bottleneck" in path.stem:
+                yield pytest.param(path, "fused", id=f"{name}-fused", marks=marks)
         else:
             yield pytest.param(path, "auto", id=name)
 
 
 @pytest.mark.parametrize(("path", "backend"), list(_params()))
 def test_case(path, backend, families, monkeypatch):
+    if backend == "fused":  # batch norms too, which "auto" leaves to PyTorch
+        monkeypatch.setattr(norm, "_FUSED_IS_FASTER", frozenset({"cpu"}))
+        backend = "cpp"
     if backend != "auto":
         monkeypatch.setenv("ACCEL_KERNELS", backend)
     verdict = run_cases.run_case(path, families)
