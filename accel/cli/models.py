@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="accel models", description=__doc__)
     parser.add_argument("--classes", type=int, default=174, help="classes, >= 1 (default 174)")
     parser.add_argument("--size", type=int, default=224, help="frame size, pixels (default 224)")
-    parser.add_argument("--depth", type=int, default=50, help="of the ResNet (default 50)")
+    parser.add_argument("--depth", type=int, choices=(50, 101), default=50, help="default 50")
     parser.add_argument("--json", action="store_true", help="print one JSON array")
     options = parser.parse_args(argv)
     if options.size < 32:

@@ -92,6 +92,19 @@ def test_bf16_autocast_is_near_fp32(name, depth):
     torch.testing.assert_close(half, full, rtol=0.05, atol=0.05 * full.abs().max().item())
 
 
+@pytest.mark.parametrize("name", list_models())
+def test_bf16_training_is_near_fp32(name):
+    model = _small(name, dropout=0.0)
+    frames, labels = _clips(model), torch.tensor([1, 3])
+    full = training_loss(model(frames), labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = training_loss(model(frames), labels)
+    half.backward()
+    torch.testing.assert_close(half, full, rtol=0.02, atol=0.02)
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), key
+
+
 @pytest.mark.parametrize("num_segments", [1, 2, 3, 16])
 def test_any_number_of_segments(num_segments):
     model = _small(num_segments=num_segments)
@@ -189,21 +202,24 @@ def test_parameter_count_is_the_published_one(depth, num_classes, num_segments, 
 
 
 @pytest.mark.slow
-def test_compile_as_one_graph():
-    model = _small()
+@pytest.mark.parametrize("name", ["amsnet", "masnet", "tanet", "tsm"])
+def test_compile_as_one_graph(name):
+    torch.compiler.reset()
+    model = _small(name)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    frames = _frames(4)
+    frames = _clips(model)
     model.eval()
     torch.testing.assert_close(compiled(frames), model(frames))
     model.train()
-    compiled(frames).sum().backward()
+    training_loss(compiled(frames), torch.tensor([1, 3])).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.slow
-def test_export():
-    model = _small().eval()
-    frames = _frames(4)
+@pytest.mark.parametrize("name", ["amsnet", "masnet", "tanet", "tsm"])
+def test_export(name):
+    model = _small(name).eval()
+    frames = _clips(model)
     exported = torch.export.export(model, (frames,))
     torch.testing.assert_close(exported.module()(frames), model(frames))
 

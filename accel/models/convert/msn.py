@@ -19,5 +19,6 @@ TABLE = NameTable(
         ),
     ),
     derived=DERIVED,
+    data_parallel=("original", *DERIVED),
     adapt=inflate,
 )

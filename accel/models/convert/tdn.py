@@ -92,5 +92,6 @@ TABLE = NameTable(
         ),
     ),
     derived=DERIVED,
+    data_parallel=("original", *DERIVED),
     adapt=inflate,
 )
