@@ -6,15 +6,9 @@
 #include <cstring>
 
 #include "common/clones.h"
+#include "common/lanes.h"
 
 namespace accel_kernels {
-
-// What one vector instruction of AVX2 processes; other instruction sets split or pair it.
-template <typename acc_t>
-struct Lanes {
-  static constexpr int kCount = 32 / sizeof(acc_t);
-  typedef acc_t type __attribute__((vector_size(32)));
-};
 
 constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
