@@ -12,49 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import kernels
 from accel.models.config import ModelConfig
 from accel.models.heads import ConsensusHead
 from accel.models.network import ClipNetwork
 from accel.models.resnet import ResNet, to_channels_last
-
-
-class Shift(nn.Module):
-    """Learned three-tap filter of every channel along time, started as a shift.
-
-    The first C/8 channels start by taking the next segment, the next C/8 the previous one, the
-    others their own.
-
-    Args:
-        channels: C.
-        num_segments: T.
-    """
-
-    def __init__(self, channels: int, num_segments: int) -> None:
-        super().__init__()
-        self.num_segments = num_segments
-        self.conv = nn.Conv1d(channels, channels, 3, padding=1, groups=channels, bias=False)
-        fold = channels // 8
-        with torch.no_grad():
-            self.conv.weight.zero_()
-            self.conv.weight[:fold, 0, 2] = 1
-            self.conv.weight[fold : 2 * fold, 0, 0] = 1
-            self.conv.weight[2 * fold :, 0, 1] = 1
-
-    @property
-    def taps(self) -> Tensor:
-        """[C, 3]; tap k multiplies segment t + k - 1."""
-        return self.conv.weight[:, 0]
-
-    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        """Filter [N*T, C, H, W] along time, after multiplying it by gate [N, T, C] if there is one.
-
-        Returns:
-            [N*T, C, H, W] in the dtype of x, channels_last.
-        """
-        x = x.contiguous(memory_format=torch.channels_last)
-        y: Tensor = kernels.temporal_taps(x, self.taps, gate, num_segments=self.num_segments)
-        return y
 
 
 class Fusion(nn.Module):

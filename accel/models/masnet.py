@@ -15,7 +15,7 @@ from accel.models.heads import ConsensusHead
 from accel.models.network import ClipNetwork
 from accel.models.norm import BatchNormAct2d
 from accel.models.resnet import ResNet
-from accel.models.tsm import shift_taps
+from accel.models.tsm import Shift
 
 
 class MotionAccumulation(nn.Module):
@@ -90,30 +90,11 @@ class MotionSelection(nn.Module):
         return F.conv2d(z, self.conv_fc2.weight.squeeze(2), padding=1, groups=self.groups)
 
 
-class TemporalMixing(nn.Module):
-    """TIM: taps [C, 3] of a depthwise convolution over time; they start as TSM's shift.
-
-    Args:
-        channels: C.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(channels, channels, 3, padding=1, groups=channels, bias=False)
-        with torch.no_grad():
-            self.conv.weight.copy_(shift_taps(channels)[:, None])
-
-    @property
-    def taps(self) -> Tensor:
-        """[C, 3]: weights of the previous, the same and the next frame."""
-        return self.conv.weight.squeeze(1)
-
-
 class MotionAppearance(nn.Module):
     """The three modules of a MAS-Net block: [N*T, C, H, W] -> the same.
 
     With m the accumulated motion (MAM), s the share of motion (MSM; the same for all frames of a
-    clip) and k the taps of TIM:
+    clip) and k the taps of TIM, a learned shift:
 
         y[n,t] = sum_j k[j] * f[n,t+j-1],   f[n,t] = s[n] * m[n,t] + (1 - s[n]) * x[n,t]
 
@@ -130,7 +111,7 @@ class MotionAppearance(nn.Module):
         self.num_segments = num_segments
         self.mam = MotionAccumulation(channels, num_segments)
         self.msm = MotionSelection(channels, faithful=faithful)
-        self.tim = TemporalMixing(channels)
+        self.tim = Shift(channels, num_segments)
 
     def forward(self, x: Tensor) -> Tensor:
         """Filter the clips.

@@ -14,10 +14,11 @@ from torch.nn import functional as F
 import kernels
 from accel.errors import ConfigError
 from accel.models.config import ModelConfig
-from accel.models.difference import DifferenceResNet, Shift, difference_network, inflate_kernel
+from accel.models.difference import DifferenceResNet, difference_network, inflate_kernel
 from accel.models.network import ClipNetwork
 from accel.models.norm import BatchNormAct2d
 from accel.models.tdn import DifferenceStem
+from accel.models.tsm import Shift
 
 RELEASED_GROUP = 8
 """Rows that the released code takes for one clip in stem and motion module, whatever T is."""

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 import kernels
 from accel.models.config import ModelConfig
-from accel.models.difference import DifferenceResNet, Shift, difference_network, inflate_kernel
+from accel.models.difference import DifferenceResNet, difference_network, inflate_kernel
 from accel.models.network import ClipNetwork
 from accel.models.norm import BatchNormAct2d
+from accel.models.tsm import Shift
 
 
 class DifferenceStem(nn.Module):

@@ -29,6 +29,39 @@ def shift_taps(channels: int, *, fraction: int = 8) -> Tensor:
     return taps
 
 
+class Shift(nn.Module):
+    """Learned three-tap filter of every channel along time that starts as TSM's shift.
+
+    The shift of TDN and MSN, the TIM of MAS-Net.
+
+    Args:
+        channels: C.
+        num_segments: T.
+    """
+
+    def __init__(self, channels: int, num_segments: int) -> None:
+        super().__init__()
+        self.num_segments = num_segments
+        self.conv = nn.Conv1d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        with torch.no_grad():
+            self.conv.weight.copy_(shift_taps(channels)[:, None])
+
+    @property
+    def taps(self) -> Tensor:
+        """[C, 3]; tap k multiplies segment t + k - 1."""
+        return self.conv.weight[:, 0]
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Filter [N*T, C, H, W] along time, after multiplying it by gate [N, T, C] if there is one.
+
+        Returns:
+            [N*T, C, H, W] in the dtype of x, channels_last.
+        """
+        x = x.contiguous(memory_format=torch.channels_last)
+        y: Tensor = kernels.temporal_taps(x, self.taps, gate, num_segments=self.num_segments)
+        return y
+
+
 class ShiftedConv(nn.Module):
     """A convolution that sees C/8 channels of the next and C/8 of the previous frame.
 

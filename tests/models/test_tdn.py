@@ -6,8 +6,9 @@ from torch.nn import functional as F
 
 from accel.models import build_model
 from accel.models.convert import TABLES
-from accel.models.difference import Fusion, Shift, inflate_kernel
+from accel.models.difference import Fusion, inflate_kernel
 from accel.models.tdn import DifferenceStem, LongTermModule, MSEModule
+from accel.models.tsm import Shift
 from accel.models.weights import import_weights
 
 

@@ -16,10 +16,10 @@ from accel.models.masnet import (
     MotionAccumulation,
     MotionAppearance,
     MotionSelection,
-    TemporalMixing,
 )
 from accel.models.param_groups import parameter_groups
 from accel.models.resnet import Bottleneck
+from accel.models.tsm import Shift
 
 rename = TABLES["masnet"].rename
 
@@ -78,13 +78,8 @@ def run_msm(case: Case) -> Results:
 def run_tim(case: Case) -> Results:
     args = case.args
     _require(case, kernel_size=3)
-    tim = TemporalMixing(args["channels"])
-
-    def forward(x: Tensor) -> dict[str, Tensor]:
-        x = x.contiguous(memory_format=torch.channels_last)
-        return {"y": kernels.temporal_taps(x, tim.taps, num_segments=args["num_segments"])}
-
-    return run_module(case, tim, published=_same, forward=forward)
+    tim = Shift(args["channels"], args["num_segments"])
+    return run_module(case, tim, published=_same, forward=lambda x: {"y": tim(x)})
 
 
 def run_bottleneck(case: Case) -> Results:

@@ -10,12 +10,12 @@ from torch import Tensor, channels_last, tensor
 from accel.models import build_model
 from accel.models.convert import TABLES
 from accel.models.convert.names import OURS
-from accel.models.difference import Shift
 from accel.models.msn import DeformConv, DifferencePyramid, MotionModule, MotionShift
 from accel.models.network import ClipNetwork
 from accel.models.param_groups import parameter_groups
 from accel.models.resnet import Bottleneck
 from accel.models.tdn import LongTermModule, MSEModule
+from accel.models.tsm import Shift
 
 
 def _same(name: str) -> str:
