@@ -20,8 +20,8 @@ constexpr const char* kNames[kBranches] = {"f1", "f2", "f3"};
 void check_like(const char* op, const char* name, const Tensor& f, const char* other_name,
                 const Tensor& other) {
   check_companion(op, name, f, other_name, other);
-  TORCH_CHECK_VALUE(f.sizes() == other.sizes(), op, ": ", name, " must be like ", other_name, " of ",
-                    other.sizes(), ", got ", f.sizes(), ".");
+  TORCH_CHECK_VALUE(f.sizes() == other.sizes(), op, ": ", name, " must be like ", other_name,
+                    " of ", other.sizes(), ", got ", f.sizes(), ".");
 }
 
 void fill_shape(const char* op, const Tensor& f, const Tensor& s, int64_t num_segments,

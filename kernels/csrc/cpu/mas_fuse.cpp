@@ -17,9 +17,9 @@ namespace {
 
 constexpr int kForwardPixels = 64;  // of one forward work unit: long enough to reuse b and w
 
-// Four cache lines ahead of `place`. The loops over frames read as many places at once as there are
-// frames, often a multiple of 4096 bytes apart, which hardware prefetchers do not follow: this saves
-// a quarter of the time.
+// Four cache lines ahead of `place`. The loops over frames read as many places at once as there
+// are frames, often a multiple of 4096 bytes apart, which hardware prefetchers do not follow: this
+// saves a quarter of the time.
 ACCEL_INLINE void prefetch(const void* place) {
   __builtin_prefetch(static_cast<const char*>(place) + 256);
 }
@@ -281,8 +281,8 @@ ACCEL_CLONES void backward_units(const MasFuseBackward& params, int64_t begin, i
   }
 }
 
-// Calls function(Tag<scalar_t>, integral constant). Code for the published ranks 1, 2, 4 and 8 in fp32
-// only: it is what trains on CPUs, and every instance takes seconds to compile.
+// Calls function(Tag<scalar_t>, integral constant). Code for the published ranks 1, 2, 4 and 8 in
+// fp32 only: it is what trains on CPUs, and every instance takes seconds to compile.
 template <typename Function>
 void dispatch(const MasFuseShape& shape, const Function& function) {
   dispatch_dtype<Half, BFloat16>(shape.dtype, [&](auto tag) {

@@ -14,8 +14,8 @@ namespace accel_kernels {
 
 constexpr int kMasFuseMaxRank = 32;
 
-// Activations lie as [N, T, P, channels] (channels_last with P = H*W), channels fastest; x, m, d and
-// their gradients have `dtype`, b, w and theirs double for kDouble, else float.
+// Activations lie as [N, T, P, channels] (channels_last with P = H*W), channels fastest; x, m, d
+// and their gradients have `dtype`, b, w and theirs double for kDouble, else float.
 struct MasFuseShape {
   DType dtype;
   int batch;     // N
