@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from accel.errors import ConfigError
-from kernels import reference
+from kernels import ingest
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -88,9 +88,8 @@ class Precision:
     def network_input(self, clips: Tensor) -> Tensor:
         """Normalized, folded, channels_last input of the network.
 
-        (x / 255 - mean) / std as one multiply-add in fp32, rounded once to the autocast type. The
-        layout comes for free where L = 1: the pipeline's NHWC memory is channels_last memory of
-        the folded batch.
+        (x / 255 - mean) / std as one multiply-add in fp32, rounded once to the autocast type, in
+        one pass over the pipeline's NHWC memory.
 
         Args:
             clips: [N, T*L, H, W, 3] uint8, contiguous; the L frames of a segment adjoin.
@@ -99,11 +98,10 @@ class Precision:
             [N*T, 3*L, H, W], channels_last, fp32 or the autocast type; channels are those of the
             first frame (R, G, B), then of the second, and so on.
         """
-        return reference.ingest(
+        return ingest(
             clips.flatten(0, 1),  # [N*T*L, H, W, 3]
             self._mean,
             self._std,
             dtype=self.autocast_dtype or torch.float32,
             frames_per_segment=self._frames_per_segment,
-            channels=3 * self._frames_per_segment,
         )

@@ -65,8 +65,8 @@ __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float value) {
   return __float2bfloat16_rn(value);
 }
 
-// Host side: whether pointer (null allowed) may be accessed `bytes` at a time.
-inline bool is_aligned(const void* pointer, int bytes) {
+// Whether pointer (null allowed) may be accessed `bytes` at a time.
+__host__ __device__ inline bool is_aligned(const void* pointer, int bytes) {
   return reinterpret_cast<std::uintptr_t>(pointer) % static_cast<std::uintptr_t>(bytes) == 0;
 }
 
