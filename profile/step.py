@@ -3,6 +3,7 @@
     python profile/step.py --models tanet,tdn --batch 2 --steps 20             # this CPU
     python profile/step.py --device cuda --precision bf16 --batch 64 --json    # every network
     python profile/step.py --mode loader --models tanet,tdn --size 64 --batch 16
+    python profile/step.py --models tsn@torch,tsn@fused,tsn@torch+compile  # implementations
 
 A step is what training does: normalize the stored pixels, forward, loss, backward, clip the
 gradients, fused SGD. TSN and a copy of 256 MB run in the same process, and the networks take turns
@@ -96,12 +97,18 @@ class Network:
     """One network with its optimizer, and what was measured of it."""
 
     def __init__(self, label: str, args: argparse.Namespace, num_classes: int) -> None:
-        name, _, variant = label.partition(":")
+        wanted, _, compiled = label.partition("+")
+        wanted, _, batch_norm = wanted.partition("@")
+        name, _, variant = wanted.partition(":")
         if name not in list_models():
             known = ", ".join(list_models())
             raise ConfigError(f"--models: unknown network {name!r}; known are {known}.")
+        self.compiled = compiled == "compile"
+        if compiled and not self.compiled:
+            raise ConfigError(f'--models: expected "+compile" at the end, got {label!r}.')
         reduced = {"depth": args.depth, "width": args.width, "stages": args.stages}
-        options = reduced | ({"variant": variant} if variant else {}) | {"stem": args.stem}
+        chosen = {"variant": variant, "batch_norm": batch_norm}
+        options = reduced | {k: v for k, v in chosen.items() if v} | {"stem": args.stem}
         config = ModelConfig(name=name, **options)  # type: ignore[arg-type]
         self.label = label
         self.recipe = Recipe(model=config, sampling=SamplingConfig(num_segments=args.frames))
@@ -184,6 +191,8 @@ def measure_compute(networks: list[Network], args: argparse.Namespace, clock: Cl
         own = batches[network.frames_per_clip]
         with FlopCounterMode(display=False) as counter:
             network.train(own)
+        if network.compiled:  # not before: the counter sees no operations of compiled code
+            network.model.compile()
         network.facts["gflop_per_clip"] = round(counter.get_total_flops() / args.batch / 1e9, 3)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -222,6 +231,9 @@ def measure_with_loader(
     networks: list[Network], loaders: list[Loader], args: argparse.Namespace, clock: Clock
 ) -> None:
     """Turns of several batches each, with or without the training step on them."""
+    for network in networks:
+        if network.compiled:
+            network.model.compile()
     count = max(1, args.steps // ROUNDS)
     for turn in range(ROUNDS):
         for network, loader in zip(networks, loaders, strict=True):
@@ -268,7 +280,11 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--mode", choices=["compute", "loader", "train"], default="compute")
-    add("--models", default="", help="comma-separated, name or name:variant; default: all")
+    add(
+        "--models",
+        default="",
+        help="comma-separated, name[:variant][@batch_norm][+compile]; default: all names",
+    )
     add("--frames", type=int, default=8, help="segments per clip (T)")
     add("--size", type=int, default=224, help="height and width, px")
     add("--batch", type=int, help="clips per step; default: CPU 2, CUDA 8 to 64 by its memory")
@@ -341,9 +357,9 @@ def table(report: dict[str, Any]) -> str:
     columns = (
         "step_ms p10_ms p90_ms min_ms cpu_ms clips_per_s ratio_to_tsn ratio_to_tsn_min".split()
     )
-    lines = ["model            " + " ".join(f"{name:>12}" for name in columns)]
+    lines = ["model                " + " ".join(f"{name:>12}" for name in columns)]
     for row in report["models"]:
-        lines.append(f"{row['model']:16} " + " ".join(f"{row[name]:12.3f}" for name in columns))
+        lines.append(f"{row['model']:20} " + " ".join(f"{row[name]:12.3f}" for name in columns))
     lines.append(", ".join(f"{name} {value}" for name, value in report["machine"].items()))
     return "\n".join(lines)
 

@@ -55,6 +55,18 @@ def test_every_mode_measures_beside_tsn(run, tiny_root, mode):
     assert {"revision", "torch_threads", "device"} <= report["environment"].keys()
 
 
+def test_batch_norm_of_a_network_can_be_chosen(run):
+    names = ["tsn@torch", "tsn@fused"]
+    code, out, _ = run("--models", ",".join(names), "--batch", "2", *TINY, "--json")
+    rows = json.loads(out.splitlines()[-1])["models"]
+    assert code == 0 and [row["model"] for row in rows] == ["tsn", *names]
+    assert rows[1]["loss"] == pytest.approx(rows[2]["loss"], rel=1e-3)
+    code, _, err = run("--models", "tsn@cudnn")
+    assert code == 2 and "model.batch_norm: got 'cudnn'" in err
+    code, _, err = run("--models", "tsn+slow")
+    assert code == 2 and "\"+compile\" at the end, got 'tsn+slow'" in err
+
+
 def test_gpu_check_shows_the_rows(run, monkeypatch):
     _, out, _ = run("--models", "tanet", "--batch", "2", *TINY, "--json")
     section = {
