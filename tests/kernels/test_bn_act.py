@@ -600,6 +600,8 @@ def test_operators_refuse_what_does_not_fit() -> None:
         ops.bn_act_backward(
             grad, None, None, *norm, None, None, None, None, EPS, True, [True, False]
         )
+    with pytest.raises(ValueError, match="dshortcut needs the mask"):
+        ops.bn_act_backward(grad, None, x, *norm, None, None, None, None, EPS, True, [True, True])
     with pytest.raises(ValueError, match="depends on it through the statistics"):
         ops.bn_act_backward(
             grad, None, None, *norm, None, weight, bias, None, EPS, False, [True, False]

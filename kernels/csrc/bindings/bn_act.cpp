@@ -227,6 +227,8 @@ std::tuple<Tensor, Tensor> bn_act_backward(
     check_coefficient(op, "count", *count, grad);
     params.count = count->const_data_ptr();
   }
+  TORCH_CHECK_VALUE(mask.has_value() || !relu || !output_mask[1], op,
+                    ": dshortcut needs the mask: the sign of the norm is not that of the sum.");
   const auto gradient = [&](bool wanted) {
     return wanted ? at::empty_like(grad, {}, at::MemoryFormat::ChannelsLast)
                   : at::empty({0}, grad.options());

@@ -294,38 +294,39 @@ ACCEL_CLONES void forward_units(const BnActForward& params, int64_t begin, int64
 
 // ---- Backward ----
 
-enum class Gate { kOpen, kBits, kSign };  // where y > 0 comes from: everywhere, the mask, n
-
-// All ones where the bit is set. In groups of eight, also past the end of the row.
-template <typename acc_t, typename bits_t>
-ACCEL_INLINE void unpack_mask(const std::uint8_t* bits, bits_t* gate, int channels) {
-  static_assert(sizeof(acc_t) == sizeof(bits_t));
+// out = grad where the bit is set, else 0.
+template <typename acc_t>
+ACCEL_INLINE void gate_row(const acc_t* grad, const std::uint8_t* bits, acc_t* out, int channels) {
+  using bits_t = std::conditional_t<sizeof(acc_t) == 8, std::int64_t, std::int32_t>;
   using Lanes __attribute__((vector_size(8 * sizeof(bits_t)))) = bits_t;
   const Lanes select = {1, 2, 4, 8, 16, 32, 64, 128};
-  for (int c = 0; c < channels; c += 8) {
+  int c = 0;
+  for (; c + 8 <= channels; c += 8) {
+    Lanes lanes;
+    std::memcpy(&lanes, grad + c, sizeof(lanes));
     const Lanes byte = Lanes{} + static_cast<bits_t>(bits[c / 8]);
-    const Lanes set = (byte & select) != 0;
-    std::memcpy(gate + c, &set, sizeof(set));
+    lanes &= (byte & select) != 0;
+    std::memcpy(out + c, &lanes, sizeof(lanes));
   }
+  for (; c < channels; ++c) out[c] = (bits[c / 8] >> (c % 8) & 1) != 0 ? grad[c] : 0;
 }
 
-// What both backward passes read: rows of grad (with the pooled gradient added), x and the gate.
+// What both backward passes read: rows of grad, with the pooled gradient added and zeros where the
+// mask says so, and of x.
 template <typename scalar_t>
 struct GradientRun {
   using acc_t = accumulate_t<scalar_t>;
-  using bits_t = std::conditional_t<sizeof(acc_t) == 8, std::int64_t, std::int32_t>;
 
   explicit GradientRun(const BnActBackward& backward)
       : params(backward),
         channels(backward.channels),
         affine(backward),
         wide_grad(size_t{1} * rows_per_run(channels) * channels),
-        wide_x(wide_grad.size()),
-        open(wide_grad.size() + 8) {}
+        wide_x(wide_grad.size()) {}
 
-  ACCEL_INLINE void load(int64_t row, int64_t run_end) {
+  // `target`: where grad goes if the mask changes it.
+  ACCEL_INLINE void load(int64_t row, int length, acc_t* target) {
     const int64_t start = row * channels;
-    const int length = static_cast<int>(run_end - row) * channels;
     grad = widened(static_cast<const scalar_t*>(params.grad) + start, wide_grad.data(), length);
     x = params.x == nullptr
             ? grad  // any numbers: they are not used
@@ -339,15 +340,14 @@ struct GradientRun {
       }
       grad = wide_grad.data();
     }
-    if (params.mask != nullptr) {
-      const auto* bits = static_cast<const std::uint8_t*>(params.mask) + row * mask_bytes(channels);
-      if (channels % 8 == 0) {
-        unpack_mask<acc_t>(bits, open.data(), length);
-      } else {
-        for (int i = 0; i < length; i += channels, bits += mask_bytes(channels)) {
-          unpack_mask<acc_t>(bits, open.data() + i, channels);
-        }
+    if (params.relu && params.mask != nullptr) {
+      const int mask_row = mask_bytes(channels);
+      const auto* bits = static_cast<const std::uint8_t*>(params.mask) + row * mask_row;
+      const int step = channels % 8 == 0 ? length : channels;  // rows of whole bytes adjoin
+      for (int i = 0; i < length; i += step, bits += mask_row) {
+        gate_row(grad + i, bits, target + i, step);
       }
+      grad = target;
     }
   }
 
@@ -358,31 +358,29 @@ struct GradientRun {
   const acc_t* x = nullptr;
   std::vector<acc_t> wide_grad;
   std::vector<acc_t> wide_x;
-  std::vector<bits_t> open;
 };
 
-template <Gate kGate, typename acc_t, typename bits_t>
-ACCEL_INLINE acc_t gated(acc_t grad, acc_t x, acc_t scale, acc_t offset, bits_t open) {
-  if constexpr (kGate == Gate::kBits) return open != 0 ? grad : 0;
-  if constexpr (kGate == Gate::kSign) return scale * x + offset <= 0 ? 0 : grad;
+// kSign: only where n > 0, which without a mask is where y > 0.
+template <bool kSign, typename acc_t>
+ACCEL_INLINE acc_t gated(acc_t grad, acc_t x, acc_t scale, acc_t offset) {
+  if constexpr (kSign) return scale * x + offset <= 0 ? 0 : grad;
   return grad;
 }
 
-template <Gate kGate, typename acc_t, typename bits_t>
+template <bool kSign, typename acc_t>
 ACCEL_INLINE void sums_row(const acc_t* __restrict grad, const acc_t* __restrict x,
-                           const bits_t* __restrict open, const acc_t* __restrict scale,
-                           const acc_t* __restrict offset, const acc_t* __restrict mean,
-                           acc_t* __restrict sum, acc_t* __restrict products, int channels) {
+                           const acc_t* __restrict scale, const acc_t* __restrict offset,
+                           const acc_t* __restrict mean, acc_t* __restrict sum,
+                           acc_t* __restrict products, int channels) {
 #pragma GCC ivdep
   for (int c = 0; c < channels; ++c) {
-    const bits_t bits = kGate == Gate::kBits ? open[c] : bits_t{0};
-    const acc_t value = gated<kGate>(grad[c], x[c], scale[c], offset[c], bits);
+    const acc_t value = gated<kSign>(grad[c], x[c], scale[c], offset[c]);
     sum[c] += value;
     products[c] += value * (x[c] - mean[c]);
   }
 }
 
-template <typename scalar_t, Gate kGate>
+template <typename scalar_t, bool kSign>
 ACCEL_CLONES void sums_units(const BnActBackward& params, int64_t begin, int64_t end) {
   using acc_t = accumulate_t<scalar_t>;
   const int channels = params.channels;
@@ -395,11 +393,11 @@ ACCEL_CLONES void sums_units(const BnActBackward& params, int64_t begin, int64_t
     auto* sum = static_cast<acc_t*>(params.partial) + unit * 2 * channels;
     std::fill_n(sum, 2 * channels, acc_t{0});
     for_runs(first, last, channels, pixels, [&](int64_t row, int64_t run_end) ACCEL_INLINE_LAMBDA {
-      run.load(row, run_end);
       const int length = static_cast<int>(run_end - row) * channels;
+      run.load(row, length, run.wide_grad.data());
       for (int i = 0; i < length; i += channels) {
-        sums_row<kGate>(run.grad + i, run.x + i, run.open.data() + i, run.affine.scale.data(),
-                        run.affine.offset.data(), mean, sum, sum + channels, channels);
+        sums_row<kSign>(run.grad + i, run.x + i, run.affine.scale.data(), run.affine.offset.data(),
+                        mean, sum, sum + channels, channels);
       }
     });
   }
@@ -442,24 +440,20 @@ struct Correction {
   std::vector<acc_t> constant;
 };
 
-template <Gate kGate, bool kCorrection, bool kShortcut, typename acc_t, typename bits_t>
+template <bool kSign, bool kCorrection, typename acc_t>
 ACCEL_INLINE void backward_row(const acc_t* __restrict grad, const acc_t* __restrict x,
-                               const bits_t* __restrict open, const acc_t* __restrict scale,
-                               const acc_t* __restrict offset, const acc_t* __restrict slope,
-                               const acc_t* __restrict constant, acc_t* __restrict dx,
-                               acc_t* __restrict dshortcut, int channels) {
-  constexpr bool kReadsX = kCorrection || kGate == Gate::kSign;
+                               const acc_t* __restrict scale, const acc_t* __restrict offset,
+                               const acc_t* __restrict slope, const acc_t* __restrict constant,
+                               acc_t* __restrict dx, int channels) {
 #pragma GCC ivdep
   for (int c = 0; c < channels; ++c) {
-    const bits_t bits = kGate == Gate::kBits ? open[c] : bits_t{0};
-    const acc_t here = kReadsX ? x[c] : acc_t{0};
-    const acc_t value = gated<kGate>(grad[c], here, scale[c], offset[c], bits);
+    const acc_t here = kCorrection || kSign ? x[c] : acc_t{0};
+    const acc_t value = gated<kSign>(grad[c], here, scale[c], offset[c]);
     dx[c] = kCorrection ? scale[c] * value + (slope[c] * here + constant[c]) : scale[c] * value;
-    if constexpr (kShortcut) dshortcut[c] = value;
   }
 }
 
-template <typename scalar_t, Gate kGate, bool kCorrection, bool kShortcut>
+template <typename scalar_t, bool kSign, bool kCorrection>
 ACCEL_CLONES void backward_units(const BnActBackward& params, int64_t begin, int64_t end) {
   using acc_t = accumulate_t<scalar_t>;
   constexpr bool kInPlace = std::is_same_v<scalar_t, acc_t>;
@@ -468,46 +462,38 @@ ACCEL_CLONES void backward_units(const BnActBackward& params, int64_t begin, int
   const int64_t unit_rows = std::max<int64_t>(kUnitElements / channels, 1);
   GradientRun<scalar_t> run(params);
   const Correction<acc_t> correction(params, run.affine);
-  std::vector<acc_t> wide_dx(run.wide_grad.size());  // before narrowing, or when not wanted
-  std::vector<acc_t> wide_dshortcut(run.wide_grad.size());
+  std::vector<acc_t> wide_dx(run.wide_grad.size());
   auto* dx = static_cast<scalar_t*>(params.dx);
   auto* dshortcut = static_cast<scalar_t*>(params.dshortcut);
   const int64_t first_row = begin * unit_rows;
   const int64_t last_row = std::min(end * unit_rows, params.rows());
-  for_runs(first_row, last_row, channels, pixels, [&](int64_t row, int64_t run_end)
-                                                      ACCEL_INLINE_LAMBDA {
-    run.load(row, run_end);
+  for_runs(first_row, last_row, channels, pixels,
+           [&](int64_t row, int64_t run_end) ACCEL_INLINE_LAMBDA {
     const int64_t start = row * channels;
     const int length = static_cast<int>(run_end - row) * channels;
+    acc_t* gated_grad = run.wide_grad.data();
     acc_t* dx_out = wide_dx.data();
-    acc_t* dshortcut_out = wide_dshortcut.data();
     if constexpr (kInPlace) {
+      if (dshortcut != nullptr) gated_grad = dshortcut + start;
       if (dx != nullptr) dx_out = dx + start;
-      if (kShortcut) dshortcut_out = dshortcut + start;
     }
-    for (int i = 0; i < length; i += channels) {
-      backward_row<kGate, kCorrection, kShortcut>(
-          run.grad + i, run.x + i, run.open.data() + i, run.affine.scale.data(),
-          run.affine.offset.data(), correction.slope.data(), correction.constant.data(),
-          dx_out + i, dshortcut_out + i, channels);
+    run.load(row, length, gated_grad);
+    if (dx != nullptr) {
+      for (int i = 0; i < length; i += channels) {
+        backward_row<kSign, kCorrection>(run.grad + i, run.x + i, run.affine.scale.data(),
+                                         run.affine.offset.data(), correction.slope.data(),
+                                         correction.constant.data(), dx_out + i, channels);
+      }
+      if constexpr (!kInPlace) narrow_row(dx_out, dx + start, length);
     }
-    if constexpr (!kInPlace) {
-      if (dx != nullptr) narrow_row(dx_out, dx + start, length);
-      if (kShortcut) narrow_row(dshortcut_out, dshortcut + start, length);
+    if (dshortcut != nullptr) {
+      if constexpr (!kInPlace) {
+        narrow_row(run.grad, dshortcut + start, length);
+      } else if (run.grad != gated_grad) {
+        std::copy_n(run.grad, length, gated_grad);
+      }
     }
   });
-}
-
-// Calls function(Tag<std::integral_constant<Gate, ...>>) for where y > 0 comes from.
-template <typename Function>
-void dispatch_gate(const BnActBackward& params, const Function& function) {
-  if (!params.relu) {
-    function(std::integral_constant<Gate, Gate::kOpen>{});
-  } else if (params.mask != nullptr) {
-    function(std::integral_constant<Gate, Gate::kBits>{});
-  } else {
-    function(std::integral_constant<Gate, Gate::kSign>{});
-  }
 }
 
 template <typename Function>
@@ -572,8 +558,8 @@ int64_t bn_act_bwd_sums_units_cpp(const BnActBackward& params) {
 
 void bn_act_bwd_sums_cpp(const BnActBackward& params, int64_t begin, int64_t end) {
   dispatch_dtype<Half, BFloat16>(params.dtype, [&](auto tag) {
-    dispatch_gate(params, [&](auto gate) {
-      sums_units<typename decltype(tag)::type, gate()>(params, begin, end);
+    dispatch_bool(params.relu && params.mask == nullptr, [&](auto sign) {
+      sums_units<typename decltype(tag)::type, sign()>(params, begin, end);
     });
   });
 }
@@ -588,12 +574,9 @@ int64_t bn_act_bwd_units_cpp(const BnActBackward& params) { return plain_units(p
 
 void bn_act_bwd_cpp(const BnActBackward& params, int64_t begin, int64_t end) {
   dispatch_dtype<Half, BFloat16>(params.dtype, [&](auto tag) {
-    dispatch_gate(params, [&](auto gate) {
+    dispatch_bool(params.relu && params.mask == nullptr, [&](auto sign) {
       dispatch_bool(params.dbias != nullptr, [&](auto correction) {
-        dispatch_bool(params.dshortcut != nullptr, [&](auto shortcut) {
-          backward_units<typename decltype(tag)::type, gate(), correction(), shortcut()>(
-              params, begin, end);
-        });
+        backward_units<typename decltype(tag)::type, sign(), correction()>(params, begin, end);
       });
     });
   });

@@ -64,7 +64,7 @@ struct BnActBackward : BnActNorm {
   const void* grad;
   const void* grad_pooled;  // [B, C], or null
   const void* x;            // null if neither sums nor dx nor the sign of y need it
-  const void* mask;         // as in the forward, or null: the sign of n
+  const void* mask;         // as in the forward, or null (no shortcut): the sign of n
   // The sums:
   void* dweight;  // [C]; read by the second pass, null there if statistics do not depend on x
   void* dbias;    // [C], likewise
