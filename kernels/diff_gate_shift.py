@@ -75,12 +75,10 @@ def diff_gate_shift(
 
 
 def can_use_compiled(x: Tensor, z: Tensor, v: Tensor) -> tuple[bool, str]:
-    """Whether the C++ twin takes these; and if not, why."""
+    """Whether the CUDA kernel or the C++ twin, by x's device, takes these; and if not, why."""
     usable, reason = _library.can_run_on(x.device.type)
     if not usable:
         return False, reason
-    if x.is_cuda:
-        return False, "there is no CUDA kernel of it yet"
     if x.dtype not in _DTYPES:
         return False, f"x is {x.dtype}"
     for name, tensor in (("x", x), ("z", z), ("v", v)):

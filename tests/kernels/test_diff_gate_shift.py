@@ -14,6 +14,7 @@ from kernels import _backend, _library, reference
 needs_extension = pytest.mark.needs_extension
 DEVICES = [
     pytest.param("cpu", marks=needs_extension),
+    pytest.param("cuda", marks=[needs_extension, pytest.mark.needs_cuda]),
 ]
 # Of the sum of absolute terms: two roundings of 16-bit types, fp32 and fp64 accumulation.
 BOUND = {
@@ -433,3 +434,27 @@ def test_export() -> None:
     names = [str(node.target) for node in program.graph.nodes]
     assert names.count("accel_kernels.diff_gate_shift.default") == 1
     torch.testing.assert_close(program.module()(*inputs), block(*inputs))
+
+
+@pytest.mark.needs_cuda
+@needs_extension
+def test_cuda_graph_capture() -> None:
+    inputs = make(2, 8, 64, 4, (7, 7), dtype=torch.float16, device="cuda")
+    expected = run(inputs, 8)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        run(inputs, 8)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(inputs, 8)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, captured, expected))
+
+
+@pytest.mark.needs_cuda
+@needs_extension
+def test_cuda_matches_the_twin() -> None:
+    inputs = make(3, 9, 72, 5, (14, 14))
+    on_device = [value.detach().cuda().requires_grad_() for value in inputs]
+    for one, other in zip(run(inputs, 9), run(on_device, 9), strict=True):
+        torch.testing.assert_close(one, other.cpu(), rtol=1e-12, atol=1e-12)

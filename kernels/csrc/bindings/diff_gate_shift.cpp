@@ -13,8 +13,6 @@
 namespace accel_kernels {
 namespace {
 
-constexpr int kUnitsWanted = 32;  // of one backward pass: enough for the threads of a CPU
-
 DiffGateShiftShape checked_shape(const char* op, const Tensor& x, const Tensor& z, const Tensor& v,
                                  const Tensor& m, const Tensor& c, const Tensor& w,
                                  int64_t num_segments) {
@@ -77,8 +75,13 @@ Tensor diff_gate_shift(const Tensor& x, const Tensor& z, const Tensor& v, const 
   Tensor y = at::empty_like(x, {}, at::MemoryFormat::ChannelsLast);
   if (y.numel() == 0) return y;
   params.y = y.mutable_data_ptr();
-  for_units(diff_gate_shift_fwd_units_cpp(params), x.numel(),
-            [&](int64_t begin, int64_t end) { diff_gate_shift_fwd_cpp(params, begin, end); });
+  run_on_device(
+      op, x,
+      [&] {
+        for_units(diff_gate_shift_fwd_units_cpp(params), x.numel(),
+                  [&](int64_t begin, int64_t end) { diff_gate_shift_fwd_cpp(params, begin, end); });
+      },
+      [&](cudaStream_t stream) { return accel_diff_gate_shift_fwd(&params, stream); });
   return y;
 }
 
@@ -101,7 +104,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> diff_gate_shift_backw
   Tensor dm = at::empty_like(m);
   Tensor dc = at::empty_like(c);
   Tensor dw = at::empty_like(w);
-  params.items_per_unit = diff_gate_shift_items_per_unit(params, kUnitsWanted);
+  params.grad = grad.const_data_ptr();
+  params.dx = dx.mutable_data_ptr();
+  const int element_size = static_cast<int>(x.element_size());
+  const int tiles = divide_up(x.size(1), 32 * diff_gate_shift_bwd_width(params, element_size));
+  // A row of partial sums is at most an eighth (T = 8) of what its unit reads of x, but a GPU needs
+  // 512 blocks, even if smaller ones.
+  params.items_per_unit =
+      x.is_cpu() ? diff_gate_shift_items_per_unit(params, std::max(2 * params.rank, 16), 32)
+                 : diff_gate_shift_items_per_unit(params, 16, divide_up(512, tiles));
   const int64_t units = DiffGateShiftUnits(params, params.items_per_unit).count;
   const auto partial = [&](const Tensor& sum) {
     return units > 1 ? at::empty({units * sum.numel()}, sum.options()) : sum;
@@ -109,8 +120,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> diff_gate_shift_backw
   const Tensor dm_partial = partial(dm);
   const Tensor dc_partial = partial(dc);
   const Tensor dw_partial = partial(dw);
-  params.grad = grad.const_data_ptr();
-  params.dx = dx.mutable_data_ptr();
+  Tensor dz_partial;
+  if (!x.is_cpu() && tiles > 1) {
+    dz_partial = at::empty({2 * tiles * z.numel()}, m.options());
+    params.dz_partial = dz_partial.mutable_data_ptr();
+  }
   params.dz = dz.mutable_data_ptr();
   params.dv = dv.mutable_data_ptr();
   params.dm = dm.mutable_data_ptr();
@@ -119,10 +133,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> diff_gate_shift_backw
   params.dm_partial = dm_partial.mutable_data_ptr();
   params.dc_partial = dc_partial.mutable_data_ptr();
   params.dw_partial = dw_partial.mutable_data_ptr();
-  for_units(units, x.numel(), [&](int64_t begin, int64_t end) {
-    diff_gate_shift_bwd_cpp(params, begin, end);
-  });
-  diff_gate_shift_bwd_finish_cpp(params);
+  run_on_device(
+      op, x,
+      [&] {
+        for_units(units, x.numel(), [&](int64_t begin, int64_t end) {
+          diff_gate_shift_bwd_cpp(params, begin, end);
+        });
+        diff_gate_shift_bwd_finish_cpp(params);
+      },
+      [&](cudaStream_t stream) { return accel_diff_gate_shift_bwd(&params, stream); });
   return {dx, dz, dv, dm, dc, dw};
 }
 
@@ -145,3 +164,10 @@ TORCH_LIBRARY_IMPL(accel_kernels, CPU, m) {
   m.impl("diff_gate_shift", &accel_kernels::diff_gate_shift);
   m.impl("diff_gate_shift_backward", &accel_kernels::diff_gate_shift_backward);
 }
+
+#ifdef ACCEL_WITH_CUDA
+TORCH_LIBRARY_IMPL(accel_kernels, CUDA, m) {
+  m.impl("diff_gate_shift", &accel_kernels::diff_gate_shift);
+  m.impl("diff_gate_shift_backward", &accel_kernels::diff_gate_shift_backward);
+}
+#endif

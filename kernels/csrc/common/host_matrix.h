@@ -10,7 +10,9 @@
 
 namespace accel_kernels {
 
-constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+constexpr int round_up(int value, int multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
 // A matrix: element (i, k) is at data[i * row + k * column].
 template <typename acc_t>

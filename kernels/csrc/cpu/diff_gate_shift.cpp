@@ -17,11 +17,12 @@
 namespace accel_kernels {
 namespace {
 
-// Work proceeds in tiles of one frame: 16 pixels x 64 channels, 4 KB in fp32. The coefficients of 64
-// channels stay in the L1 cache while all frames of the 16 pixels pass.
+// Work proceeds in tiles of one frame: 16 pixels x 64 channels, 4 KB in fp32. The coefficients of
+// 64 channels stay in the L1 cache while all frames of the 16 pixels pass.
 constexpr int kTilePixels = 16;
 constexpr int kTileChannels = 64;
-constexpr int kTile = kTilePixels * kTileChannels + 64;  // distances of 4096 bytes alias in the cache
+// Tiles 4096 bytes apart would share the lines of the cache.
+constexpr int kTile = kTilePixels * kTileChannels + 64;
 constexpr int kForwardPixels = 64;  // of one forward work unit
 
 // Tiles and matrices have their rows padded with zeros to whole vectors.
@@ -175,12 +176,12 @@ ACCEL_CLONES void forward_units(const DiffGateShiftForward& params, int64_t begi
   using acc_t = accumulate_t<scalar_t>;
   const int channels = params.channels;
   const int frames = params.frames;
-  const int pixel_units = (params.pixels + kForwardPixels - 1) / kForwardPixels;
+  const int pixel_units = divide_up(params.pixels, kForwardPixels);
   const int64_t frame_size = static_cast<int64_t>(params.pixels) * channels;
 
   const Coefficients<acc_t> coefficients(params, false);
   Differences<acc_t> differences(frames, coefficients.rank);
-  std::vector<acc_t> tiles(size_t{8} * kTile);  // zeros, x, f, b, y, then the ring of gated frames
+  std::vector<acc_t> tiles(size_t{8} * kTile);  // zeros, x, f, b, y, then three gated
   acc_t* zeros = tiles.data();
   acc_t* x_tile = zeros + kTile;
   acc_t* f_tile = zeros + 2 * kTile;
@@ -280,7 +281,7 @@ ACCEL_CLONES void backward_units(const DiffGateShiftBackward& params, int64_t be
   std::vector<acc_t> dm(size_t{2} * wide_rank * wide_channels);  // [2, r, C]
   std::vector<acc_t> dc(size_t{2} * wide_channels);
   std::vector<acc_t> dw(size_t{3} * wide_channels);
-  std::vector<acc_t> tiles(size_t{8} * kTile);  // zeros, x, f, b, dx, then the ring of grad's frames
+  std::vector<acc_t> tiles(size_t{8} * kTile);  // zeros, x, f, b, dx, then three of grad
   acc_t* zeros = tiles.data();
   acc_t* x_tile = zeros + kTile;
   acc_t* side_tiles[2] = {zeros + 2 * kTile, zeros + 3 * kTile};
@@ -381,7 +382,7 @@ ACCEL_CLONES void backward_units(const DiffGateShiftBackward& params, int64_t be
 }  // namespace
 
 int64_t diff_gate_shift_fwd_units_cpp(const DiffGateShiftForward& params) {
-  return int64_t{params.batch} * ((params.pixels + kForwardPixels - 1) / kForwardPixels);
+  return int64_t{params.batch} * divide_up(params.pixels, kForwardPixels);
 }
 
 void diff_gate_shift_fwd_cpp(const DiffGateShiftForward& params, int64_t begin, int64_t end) {

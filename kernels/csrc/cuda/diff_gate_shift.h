@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/dispatch.h"
+#include "common/partition.h"
 
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;  // the same declaration as CUDA's own
@@ -55,6 +56,7 @@ struct DiffGateShiftBackward : DiffGateShiftShape {
   void* dm_partial;  // [units, 2, C, r]; dm itself when there is one unit, dc and dw alike
   void* dc_partial;  // [units, 2, C]
   void* dw_partial;  // [units, C, 3]
+  void* dz_partial;  // CUDA: [2, channel tiles, N, T, P, r], or null where there is one tile
   int items_per_unit;
 };
 
@@ -63,22 +65,32 @@ struct DiffGateShiftUnits {
   static constexpr int kFramesPerUnit = 8;
 
   DiffGateShiftUnits(const DiffGateShiftShape& shape, int items_per_unit)
-      : frame_units((shape.frames + kFramesPerUnit - 1) / kFramesPerUnit),
+      : frame_units(divide_up(shape.frames, kFramesPerUnit)),
         items(static_cast<int64_t>(shape.batch) * frame_units * shape.pixels),
-        count(static_cast<int>((items + items_per_unit - 1) / items_per_unit)) {}
+        count(divide_up(items, items_per_unit)) {}
 
   int frame_units;
   int64_t items;
   int count;
 };
 
-// Items of one backward unit: at least as many as keep the partial sums (2r per channel) at an
-// eighth of what the unit reads of x, and doubled while `units_wanted` units remain. A function of
+// Items of one backward unit: `at_least`, doubled while `units_wanted` units remain. A function of
 // the shape alone.
-inline int diff_gate_shift_items_per_unit(const DiffGateShiftShape& shape, int units_wanted) {
-  int items = std::max(2 * shape.rank, 16);
+inline int diff_gate_shift_items_per_unit(const DiffGateShiftShape& shape, int at_least,
+                                          int units_wanted) {
+  int items = at_least;
   while (DiffGateShiftUnits(shape, 2 * items).count >= units_wanted) items *= 2;
   return items;
+}
+
+// Channels of one lane of the CUDA backward pass, a block takes 32 times as many: 8 bytes of x if
+// that divides C and the pointers, else one. More would not leave registers for the sums.
+inline int diff_gate_shift_bwd_width(const DiffGateShiftBackward& params, int element_size) {
+  const auto addresses = reinterpret_cast<std::uintptr_t>(params.x) |
+                         reinterpret_cast<std::uintptr_t>(params.grad) |
+                         reinterpret_cast<std::uintptr_t>(params.dx);
+  const int width = 8 / element_size;
+  return params.channels % width == 0 && addresses % 8 == 0 ? width : 1;
 }
 
 // C++ twin. Work units [begin, end) may run on any thread, then the finish sums the partials.
@@ -88,3 +100,9 @@ void diff_gate_shift_bwd_cpp(const DiffGateShiftBackward& params, int64_t begin,
 void diff_gate_shift_bwd_finish_cpp(const DiffGateShiftBackward& params);
 
 }  // namespace accel_kernels
+
+// CUDA launchers. Return the cudaError_t of the launch.
+extern "C" int accel_diff_gate_shift_fwd(const accel_kernels::DiffGateShiftForward* params,
+                                         cudaStream_t stream);
+extern "C" int accel_diff_gate_shift_bwd(const accel_kernels::DiffGateShiftBackward* params,
+                                         cudaStream_t stream);
