@@ -87,7 +87,7 @@ class AMSTrunk(ResNet):
         """Put temporal convolutions and CPTM bottlenecks before the 3x3s of stages 3 and 4."""
         for block in (m for m in self.modules() if isinstance(m, Bottleneck)):
             nn.init.zeros_(block.bn3.weight)
-        for stage in CPTM_BLOCKS.keys() & set(self.stage_names):
+        for stage in (name for name in self.stage_names if name in CPTM_BLOCKS):
             stage_blocks = (
                 m for m in self.get_submodule(stage).modules() if isinstance(m, Bottleneck)
             )

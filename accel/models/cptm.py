@@ -31,11 +31,6 @@ def frame_view(clips: Tensor, height: int, width: int) -> Tensor:
     return frames.permute(0, 3, 1, 2)
 
 
-def spatial_mean(x: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, C], in float32 (float64 for float64)."""
-    return x.mean(dim=(-2, -1), dtype=torch.promote_types(x.dtype, torch.float32))
-
-
 class ConvNorm(nn.Module):
     """Convolution without bias, batch norm, optional ReLU: [B, C, H, W] -> [B, C', H/s, W/s].
 
@@ -71,22 +66,23 @@ class ConvNorm(nn.Module):
         )
         self.bn = BatchNormAct2d(out_channels, relu=relu)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.bn(self.conv(x))
+    def forward(self, x: Tensor, *, pool: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """The map, [B, C', H/s, W/s]; with `pool` also its mean over the pixels, [B, C']."""
+        y: Tensor | tuple[Tensor, Tensor] = self.bn(self.conv(x), pool=pool)
         return y
 
 
 class BranchAttention(nn.Module):
     """Competition of K branches for each clip and channel.
 
-    z = relu(norm(W s + b)) of the pooled sum s, v_k = W_k z + b_k; the shares are the softmax of
-    gamma * v_k over k.
+    z = relu(norm(W s + b)) of the pooled branches s, v_k = W_k z + b_k; the shares are the softmax
+    of gamma * v_k over k.
 
     Args:
         channels: C of each branch.
         branches: K.
-        rate: the hidden width is max(C // rate, 32).
-        min_dim: the least hidden width.
+        rate: the hidden width is max(C // rate, min_dim).
+        min_dim: see rate.
         gamma: inverse temperature.
     """
 
@@ -161,13 +157,12 @@ class CPTMCore(nn.Module):
 
     def forward(self, clips: Tensor) -> Tensor:
         first, second, third = self.temporal_blocks
-        f1 = first(clips)  # [N, C, T, P]
-        f2 = second(f1)
-        f3 = third(f2)
+        f1, mean1 = first(clips, pool=True)  # [N, C, T, P], [N, C]
+        f2, mean2 = second(f1, pool=True)
+        f3, mean3 = third(f2, pool=True)
         # Parity: amsnet: the mean over the branches here, but their plain sum in the neck. The
         # averaged map itself is never formed: means commute.
-        pooled = (spatial_mean(f1) + spatial_mean(f2) + spatial_mean(f3)) / 3  # [N, C]
-        shares = self.attention(pooled)  # [N, 3, C]
+        shares = self.attention((mean1 + mean2 + mean3) / 3)  # [N, 3, C]
         # A clip is one "frame" of T*P pixels to the operator: the same numbers, no folding.
         return kernels.branch_fuse(f1, f2, f3, shares, num_segments=1)
 

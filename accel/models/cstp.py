@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from accel.models.cptm import BranchAttention, ConvNorm, clip_view, frame_view, spatial_mean
+from accel.models.cptm import BranchAttention, ConvNorm, clip_view, frame_view
 from accel.models.heads import ConsensusHead
 
 
@@ -39,8 +39,9 @@ class TemporalModulation(nn.Module):
 def compete(attention: BranchAttention, branches: Sequence[Tensor]) -> Tensor:
     """Shares [N, K, C] of K branches [N, C, T, P]."""
     # Parity: amsnet: the neck pools the plain sum of the branches, CPTM their mean.
-    pooled = torch.stack([spatial_mean(x) for x in branches]).sum(dim=0)  # [N, C]
-    shares: Tensor = attention(pooled)
+    dtype = torch.promote_types(branches[0].dtype, torch.float32)
+    means = torch.stack([x.mean(dim=(-2, -1), dtype=dtype) for x in branches])  # [K, N, C]
+    shares: Tensor = attention(means.sum(dim=0))
     return shares
 
 

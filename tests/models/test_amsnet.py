@@ -1,5 +1,10 @@
 """AMS-Net: views of clips, competition, variants, initialization, imports, training outputs."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -254,6 +259,30 @@ def test_slowonly_starts_without_time_in_its_cptm():
     x = torch.randn(8, 128, 4, 4)
     assert torch.equal(cptm(x), cptm.eval().reduce.train()(x))
     assert not model.trunk.layer1[0].bn3.weight.any()
+
+
+@pytest.mark.slow
+def test_the_start_does_not_depend_on_the_process():
+    """Hashes of strings differ between processes; an order taken from a set would too."""
+    code = (
+        "import torch; from accel.models import build_model; torch.manual_seed(0); model = "
+        "build_model('amsnet', variant='slowonly', depth=50, width=8, num_classes=5, "
+        "num_segments=4); print(sum((i + 1) * float(p.double().sum()) for i, p in "
+        "enumerate(model.parameters())))"
+    )
+    root = Path(__file__).resolve().parents[2]
+    sums = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(sums) == 1
 
 
 def _imagenet():
