@@ -2,6 +2,7 @@
 // spread the work units over threads.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 #include <vector>
@@ -22,12 +23,13 @@ struct Table {
 
   explicit Table(const IngestParams& params) : values(3 * kLevels) {
     for (int c = 0; c < 3; ++c) {
-      const acc_t std = static_cast<const acc_t*>(params.std)[c];
-      const acc_t scale = acc_t{1} / (std * acc_t{255});
+      const acc_t deviation = static_cast<const acc_t*>(params.std)[c];
+      const acc_t scale = acc_t{1} / (deviation * acc_t{255});
       const acc_t offset =
-          params.differences ? acc_t{0} : -static_cast<const acc_t*>(params.mean)[c] / std;
+          params.differences ? acc_t{0} : -static_cast<const acc_t*>(params.mean)[c] / deviation;
       for (int level = -255; level <= 255; ++level) {
-        const acc_t value = offset + static_cast<acc_t>(level) * scale;
+        // With one rounding, as the CUDA kernel and the reference.
+        const acc_t value = std::fma(static_cast<acc_t>(level), scale, offset);
         scalar_t& target = values[c * kLevels + level + 255];
         if constexpr (std::is_same_v<scalar_t, acc_t>) {
           target = value;
