@@ -235,6 +235,19 @@ def test_another_decoder_does_not_resume(tiny_recipe, tmp_path):
         _fit(tiny_recipe, tmp_path / "run", {"loader.decoder": "pyav"})
 
 
+@pytest.mark.needs_extension
+def test_fused_batch_norm_resumes_with_identical_bits(undisturbed, tiny_recipe, tmp_path, steps_of):
+    whole, _ = undisturbed
+    fused = {"model.batch_norm": "fused", **KEEP_ALL}
+    _fit(tiny_recipe, tmp_path / "whole", fused)
+    _fit(tiny_recipe, tmp_path / "run", {"train.max_steps": "5", **fused})
+    _fit(tiny_recipe, tmp_path / "run", fused)
+    steps = steps_of(tmp_path / "run")
+    assert steps == steps_of(tmp_path / "whole")
+    assert steps != steps_of(whole)  # other roundings
+    assert steps[0][1] == pytest.approx(steps_of(whole)[0][1], rel=1e-4)  # loss
+
+
 @pytest.mark.needs_cuda
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "fp16"])
 def test_a_cuda_run_resumes_with_identical_bits(mode, tiny_recipe, tmp_path, steps_of):
