@@ -109,7 +109,7 @@ def test_whole_extension_links_against_cuda_torch(
     def compile_host(source: Path) -> str:
         target = tmp_path / f"{source.parent.name}_{source.stem}.o"
         compile_binding(
-            source, CUDA_TORCH / "include", "-O1", "-fPIC", "-fopenmp", "-c", "-o", str(target)
+            source, CUDA_TORCH / "include", "-O0", "-fPIC", "-fopenmp", "-c", "-o", str(target)
         )
         return str(target)
 
