@@ -89,30 +89,40 @@ class DataConfig:
         return (Path(base) if base else Path.home() / ".cache") / "accel"
 
 
-SamplingKind = Literal["segments", "neighbors", "snippets"]
+SamplingKind = Literal["segments", "dense", "clip", "neighbors", "snippets"]
+ONE_FRAME_KINDS = ("segments", "dense", "clip")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """Which frames of a video are used: one place in each of T equal segments."""
+    """Which frames of a video are used."""
 
     num_segments: int = 8
     """Places per clip (T), >= 1. Training: one random place in each of T equal segments;
-    validation: the middle of each (snippets: its start)."""
+    validation: the middle of each (snippets: its start). "dense" and "clip": frames per clip."""
 
     kind: Literal["auto", SamplingKind] = "auto"
-    """What is read at each place: "segments" (one frame: TSN, TANet, MAS-Net, AMS-Net), "neighbors"
-    (consecutive frames, for differences: TDN, MSN) or "snippets" (AMS-Net's rule for consecutive
-    frames). "auto" = what the model needs."""
+    """What is read: "segments" (one frame at each place: TSN, TANet, MAS-Net, AMS-Net), "neighbors"
+    (consecutive frames, for differences: TDN, MSN), "snippets" (AMS-Net's rule for consecutive
+    frames), "dense" (T frames over 64 consecutive ones: TANet on Kinetics) or "clip" (T frames
+    `frame_interval` apart: AMS-Net's SlowOnly). "auto" = what the model needs, else "segments"."""
 
     frames_per_segment: int = 0
-    """Frames read at each place (L), 0..32: 1 for "segments", 5 for TDN and MSN, 3 for AMS-Net's
-    snippets; 0 = what the model needs."""
+    """Frames read at each place (L), 0..32: 1 for "segments", "dense" and "clip", 5 for TDN and
+    MSN, 3 for AMS-Net's snippets; 0 = what the model needs."""
 
-    short_videos: Literal["error", "first_frame"] = "error"
-    """Video with fewer frames than `num_segments`: refuse it, or do what the published code of this
-    kind of sampling does: T times its first frame (with its L - 1 successors, for "neighbors"), or
-    frames spread over the video (for "snippets")."""
+    frame_interval: int = 1
+    """"clip": frames from one to the next, 1..64 (1 = consecutive)."""
+
+    short_videos: Literal["error", "first_frame", "spread"] = "error"
+    """Video with fewer frames than `num_segments`: refuse it, or do what published code does:
+    "first_frame" = T times its first frame (with its L - 1 successors, for "neighbors"), "spread" =
+    frames spread over it, some repeated (mmaction: TANet's published rows, AMS-Net). With "dense"
+    and "clip" both begin anew at the end; "snippets" are spread by both."""
+
+    two_clips: Literal["twice", "shifted"] = "twice"
+    """Two test clips of "segments": middles and starts of the segments, or evenly shifted segments
+    (TAM's "uniform-2")."""
 
     def __post_init__(self) -> None:
         _check(self.num_segments >= 1, "sampling.num_segments", ">= 1", self.num_segments)
@@ -120,11 +130,25 @@ class SamplingConfig:
         _check(0 <= length <= 32, "sampling.frames_per_segment", "0..32", length)
         if self.kind != "auto" and length:
             _check(
-                (length == 1) == (self.kind == "segments"),
+                (length == 1) == (self.kind in ONE_FRAME_KINDS),
                 "sampling.frames_per_segment",
-                '1 with sampling.kind "segments", more with the others',
+                '1 with sampling.kind "segments", "dense" or "clip", more with the others',
                 length,
             )
+        interval = self.frame_interval
+        _check(1 <= interval <= 64, "sampling.frame_interval", "1..64", interval)
+        _check(
+            interval == 1 or self.kind == "clip",
+            "sampling.frame_interval",
+            '1 unless sampling.kind is "clip"',
+            interval,
+        )
+        _check(
+            self.kind != "dense" or self.num_segments <= 64,
+            "sampling.num_segments",
+            '1..64 with sampling.kind "dense"',
+            self.num_segments,
+        )
 
     def resolved(self, kind: SamplingKind, frames_per_segment: int) -> "SamplingConfig":
         """These settings with "auto" and 0 replaced by what a model needs.
@@ -140,24 +164,39 @@ class SamplingConfig:
         ):
             given = getattr(self, key)
             expected = f"{needed!r}, which the model needs (or {automatic!r})"
-            _check(given in (needed, automatic), f"sampling.{key}", expected, given)
-        return replace(self, kind=kind, frames_per_segment=frames_per_segment)
+            fits = given in (needed, automatic) or (
+                kind == "segments" and key == "kind" and given in ONE_FRAME_KINDS
+            )
+            _check(fits, f"sampling.{key}", expected, given)
+        chosen = kind if self.kind == "auto" else self.kind
+        return replace(self, kind=chosen, frames_per_segment=frames_per_segment)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Crop, scale and flip; the same for all frames of a clip."""
+    """Crop, scale, flip and color. Crop and flip are drawn once per clip."""
 
     size: int = 224
     """Height and width of the clips, px, >= 8."""
 
-    crop: Literal["multiscale", "center"] = "multiscale"
-    """Training crop. "multiscale": one of 13 places and one of the `scales`, of the original frame,
-    scaled to `size`. "center": as in validation."""
+    crop: Literal["multiscale", "random_resized", "center"] = "multiscale"
+    """Training crop, scaled to `size`. "multiscale": one of the `scales` at one of 13 places (TSN).
+    "random_resized": an area of `crop_area` with an aspect of `crop_aspect` at a random place
+    (AMS-Net). "center": as in validation."""
+
+    train_resize: int = 0
+    """Training: the short side becomes this many px before the random crop (mmaction: 256); 0 =
+    crop from the original frame."""
 
     scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
     """Crop sides of "multiscale" as shares of the frame's short side, each in (0, 1], descending;
     width and height may differ by one step."""
+
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    """"random_resized": smallest and largest share of the frame's area, in (0, 1]."""
+
+    crop_aspect: tuple[float, float] = (0.75, 1.3333333333333333)
+    """"random_resized": smallest and largest width / height, log-uniform between."""
 
     resize: int = 256
     """Validation: the short side becomes this many px, then the center `size` x `size` is cut out.
@@ -174,6 +213,14 @@ class AugmentConfig:
     """Low-pass filter before shrinking (PIL's bilinear rule). false = two taps per axis (OpenCV's
     rule)."""
 
+    convention: Literal["tsm", "mmaction"] = "tsm"
+    """Whose rounding of scaled sides and crop places: "tsm" (torchvision on PIL images: TAM,
+    MAS-Net, TDN, MSN) or "mmaction" (TANet's published rows, AMS-Net)."""
+
+    color_jitter: Literal["none", "amsnet"] = "none"
+    """Training: "amsnet" = brightness, contrast, saturation, hue and PCA offset, amounts drawn once
+    per clip, and for each frame whether each part is applied."""
+
     def __post_init__(self) -> None:
         _check(self.size >= 8, "augment.size", "an integer >= 8 (px)", self.size)
         _check(
@@ -189,7 +236,29 @@ class AugmentConfig:
             "one or more numbers in (0, 1], descending",
             list(self.scales),
         )
+        _check(self.train_resize >= 0, "augment.train_resize", ">= 0 (px)", self.train_resize)
+        low, high = self.crop_area
+        _check(0 < low <= high <= 1, "augment.crop_area", "0 < low <= high <= 1", [low, high])
+        low, high = self.crop_aspect
+        _check(0 < low <= high, "augment.crop_aspect", "0 < low <= high", [low, high])
         label_pairs(self.flip_label_pairs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestViews:
+    """What an evaluation reads of every video: `num_clips` x `num_crops` views."""
+
+    __test__ = False  # not a test class, whatever pytest thinks of its name
+
+    num_clips: int = 1
+    """Clips over time; which frames they are is the rule of `sampling.kind`."""
+
+    num_crops: Literal[1, 3, 10] = 1
+    """Squares of each frame: the center, both ends and the middle, or corners, center and their
+    mirror images."""
+
+    size: int = 0
+    """Side of the squares, px; 0 = augment.size."""
 
 
 def label_pairs(pairs: Sequence[str]) -> dict[int, int]:

@@ -1,4 +1,4 @@
-"""DALI graph for video files: decode on the CPU (or take decoded frames), cut, scale, mirror.
+"""DALI graph for video files: decode on the CPU (or take decoded frames), scale, cut, mirror.
 
 The graph has no state and no random operator: everything random comes with the sample.
 """
@@ -14,7 +14,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from pipelines.errors import MediaError
-from pipelines.source import Sample
+from pipelines.source import Sample, Steps
 
 
 class DaliVideo:
@@ -35,13 +35,9 @@ class DaliVideo:
         size: int,
         antialias: bool,
         read_frames: Callable[[Sample], npt.NDArray[np.uint8]] | None = None,
-        crop_before: bool,
-        scale: bool,
-        crop_after: bool,
-        flip: bool,
-        repeat: bool,
+        steps: Steps,
     ) -> None:
-        """Build the graph: decode, [crop], [scale], [crop], [flip], [repeat].
+        """Build the graph: decode, [resize], then for each view [crop], [scale], [flip], [repeat].
 
         Args:
             max_samples: most samples of one `run`.
@@ -50,12 +46,9 @@ class DaliVideo:
             antialias: low-pass filter when shrinking.
             read_frames: gives the frames [F, H, W, 3] of a sample, called from a pool of `threads`
                 threads; None = DALI decodes.
-            crop_before: some window is not the whole frame.
-            scale: some window is scaled.
-            crop_after: some scaled window is larger than `size`.
-            flip: some clip may be mirrored.
-            repeat: some clip may name a frame twice. It is decoded and scaled once and repeated at
-                the end (DALI's decoder starts again at the first frame for every repeated index).
+            steps: what the samples need. A frame that a sample names twice is decoded and scaled
+                once and repeated at the end (DALI's decoder starts again at the first frame for
+                every repeated index).
         """
         from nvidia import dali as dali_module
 
@@ -80,6 +73,10 @@ class DaliVideo:
             self._inputs.append(name)
             return fn.external_source(source=lambda: self._feed[name], batch=True, **options)
 
+        def resize(frames: Any, size: Any) -> Any:
+            linear = dali.types.INTERP_LINEAR
+            return fn.resize(frames, size=size, interp_type=linear, antialias=antialias)
+
         with self._pipeline:
             if read_frames is not None:
                 clip = per_sample("decoded", layout="FHWC")  # per sample [unique frames, H, W, 3]
@@ -91,32 +88,31 @@ class DaliVideo:
                     pad_mode="none",
                     device="cpu",
                 )  # per sample [unique frames, H, W, 3]
-            if crop_before:
-                start, end = per_sample("window_start"), per_sample("window_end")
-                clip = fn.slice(clip, start=start, end=end, axis_names="HW")
-            if scale:
-                clip = fn.resize(
-                    clip,
-                    size=per_sample("scaled"),
-                    interp_type=dali.types.INTERP_LINEAR,
-                    antialias=antialias,
-                )
-            if crop_after:
-                start, end = per_sample("crop_start"), per_sample("crop_end")
-                clip = fn.slice(clip, start=start, end=end, axis_names="HW")
-            if flip:
-                clip = fn.flip(clip, horizontal=per_sample("flip"))
-            if repeat:
-                clip = fn.sequence_rearrange(clip, new_order=per_sample("gather"))
-            self._pipeline.set_outputs(clip)
-        self._size = size
+            if steps.resize:
+                clip = resize(clip, per_sample("resized"))
+            repeats = per_sample("gather") if steps.repeat else None
+            outputs = []
+            for k in range(steps.num_views):
+                view = clip
+                if steps.crop:
+                    start, end = per_sample(f"start{k}"), per_sample(f"end{k}")
+                    view = fn.slice(view, start=start, end=end, axis_names="HW")
+                if steps.scale:
+                    view = resize(view, [size, size])
+                if steps.flip:
+                    view = fn.flip(view, horizontal=per_sample(f"flip{k}"))
+                if repeats is not None:
+                    view = fn.sequence_rearrange(view, new_order=repeats)
+                outputs.append(view)
+            self._pipeline.set_outputs(*outputs)
         self._pipeline.build()
 
     def run(self, samples: Sequence[Sample]) -> torch.Tensor:
         """The clips of up to `max_samples` samples.
 
         Returns:
-            [N, T * L, size, size, 3] uint8 RGB on the CPU; shares DALI's memory.
+            [N, views, F, size, size, 3] uint8 RGB on the CPU, F = frame indices of a sample; one
+            view shares DALI's memory.
 
         Raises:
             MediaError: a file has another size than when it was indexed, or does not give its
@@ -125,8 +121,10 @@ class DaliVideo:
         """
         values = list(self._pool.map(self._values, samples))
         self._feed = {name: [value[name] for value in values] for name in self._inputs}
-        (clips,) = self._pipeline.run()
-        return from_dlpack(clips.as_tensor())  # [N, T * L, size, size, 3]
+        views = [from_dlpack(view.as_tensor()) for view in self._pipeline.run()]
+        if len(views) == 1:
+            return views[0].unsqueeze(1)  # [N, 1, F, size, size, 3]
+        return torch.stack(views, dim=1)  # [N, views, F, size, size, 3]
 
     def close(self) -> None:
         """Release the pipeline (it and this object refer to each other) and the threads."""
@@ -135,17 +133,15 @@ class DaliVideo:
         self._pipeline = None
 
     def _values(self, sample: Sample) -> dict[str, Any]:
-        x0, y0, width, height = sample.view.window
-        left, top = sample.view.crop
-        return {
-            **self._source_values(sample),
-            "window_start": np.array([y0, x0], np.int32),
-            "window_end": np.array([y0 + height, x0 + width], np.int32),
-            "scaled": np.array(sample.view.scaled[::-1], np.float32),
-            "crop_start": np.array([top, left], np.int32),
-            "crop_end": np.array([top + self._size, left + self._size], np.int32),
-            "flip": np.array(int(sample.view.flip), np.int32),
-        }
+        width, height = sample.views[0].resized
+        values = self._source_values(sample)
+        values["resized"] = np.array([height, width], np.float32)
+        for k, view in enumerate(sample.views):
+            x0, y0, width, height = view.window
+            values[f"start{k}"] = np.array([y0, x0], np.int32)
+            values[f"end{k}"] = np.array([y0 + height, x0 + width], np.int32)
+            values[f"flip{k}"] = np.array(int(view.flip), np.int32)
+        return values
 
     def _source_values(self, sample: Sample) -> dict[str, Any]:
         unique, gather = np.unique(sample.frame_indices, return_inverse=True)

@@ -38,7 +38,7 @@ def read_frames(sample: Sample) -> npt.NDArray[np.uint8]:
         problem = f"expected frames of {shape[1]} x {shape[0]} px, got {wrong[1]} x {wrong[0]}."
         raise MediaError(sample.path, problem)
     stacked = np.stack(frames)
-    return stacked if len(wanted) == len(gather) else stacked[gather]
+    return stacked if np.array_equal(unique, sample.frame_indices) else stacked[gather]
 
 
 def _read_by_time(sample: Sample, wanted: list[int]) -> list[npt.NDArray[np.uint8]] | None:
@@ -98,32 +98,44 @@ def _read_by_count(sample: Sample, wanted: list[int]) -> list[npt.NDArray[np.uin
     )
 
 
-def apply_view(
-    frames: npt.NDArray[np.uint8], view: View, *, size: int, antialias: bool
-) -> npt.NDArray[np.uint8]:
-    """Cut, scale, cut and mirror as `view` says.
+def apply_views(
+    frames: npt.NDArray[np.uint8], views: Sequence[View], *, size: int, antialias: bool
+) -> list[npt.NDArray[np.uint8]]:
+    """Scale the frames once, then cut, scale and mirror as each view says.
 
     Args:
         frames: [T, H, W, 3] uint8.
+        views: with the same `resized`.
 
     Returns:
-        [T, size, size, 3] uint8; scaled bilinearly with half-pixel centers.
+        Per view [T, size, size, 3] uint8; scaled bilinearly with half-pixel centers.
     """
-    x0, y0, width, height = view.window
-    # Copies are left to numpy: torch would start its own threads under each decoding thread.
-    frames = np.ascontiguousarray(frames[:, y0 : y0 + height, x0 : x0 + width])
-    if view.scaled != (width, height):
-        scaled = F.interpolate(
-            torch.from_numpy(frames).permute(0, 3, 1, 2),  # [T, 3, H, W], channels_last
-            size=view.scaled[::-1],
-            mode="bilinear",
-            antialias=antialias,
-            align_corners=False,
-        )  # [T, 3, H', W']
-        frames = scaled.permute(0, 2, 3, 1).numpy()  # [T, H', W', 3]
-    left, top = view.crop
-    frames = frames[:, top : top + size, left : left + size]
-    return frames[:, :, ::-1] if view.flip else frames
+    frames = _scaled(frames, views[0].resized, antialias)
+    cut = []
+    for view in views:
+        x0, y0, width, height = view.window
+        # Copies are left to numpy: torch would start its own threads under each decoding thread.
+        window = np.ascontiguousarray(frames[:, y0 : y0 + height, x0 : x0 + width])
+        window = _scaled(window, (size, size), antialias)
+        cut.append(window[:, :, ::-1] if view.flip else window)
+    return cut
+
+
+def _scaled(
+    frames: npt.NDArray[np.uint8], size: tuple[int, int], antialias: bool
+) -> npt.NDArray[np.uint8]:
+    """[T, height, width, 3] of [T, H, W, 3], `size` being (width, height)."""
+    if frames.shape[2:0:-1] == size:
+        return frames
+    scaled = F.interpolate(
+        torch.from_numpy(frames).permute(0, 3, 1, 2),  # [T, 3, H, W], channels_last
+        size=size[::-1],
+        mode="bilinear",
+        antialias=antialias,
+        align_corners=False,
+    )  # [T, 3, H', W']
+    result: npt.NDArray[np.uint8] = scaled.permute(0, 2, 3, 1).numpy()  # [T, H', W', 3]
+    return result
 
 
 class PyavVideo:
@@ -138,20 +150,21 @@ class PyavVideo:
         """The clips of the samples.
 
         Returns:
-            [N, T * L, size, size, 3] uint8 RGB on the CPU.
+            [N, views, F, size, size, 3] uint8 RGB on the CPU, F = frame indices of a sample.
 
         Raises:
             MediaError: a file cannot be decoded as indexed.
         """
-        num_frames = len(samples[0].frame_indices)
-        clips = np.empty((len(samples), num_frames, self._size, self._size, 3), np.uint8)
+        views, num_frames = len(samples[0].views), len(samples[0].frame_indices)
+        clips = np.empty((len(samples), views, num_frames, self._size, self._size, 3), np.uint8)
 
         def fill(index: int) -> None:
             sample = samples[index]
             unique, gather = np.unique(sample.frame_indices, return_inverse=True)
             frames = read_frames(replace(sample, frame_indices=unique))
-            scaled = apply_view(frames, sample.view, size=self._size, antialias=self._antialias)
-            clips[index] = scaled[gather]
+            cut = apply_views(frames, sample.views, size=self._size, antialias=self._antialias)
+            for view, pixels in enumerate(cut):
+                clips[index, view] = pixels[gather]
 
         list(self._pool.map(fill, range(len(samples))))
         return torch.from_numpy(clips)

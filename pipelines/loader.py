@@ -8,12 +8,11 @@ from typing import Protocol
 
 import torch
 
-from pipelines.config import AugmentConfig, LoaderConfig, SamplingConfig
+from pipelines.config import AugmentConfig, LoaderConfig, SamplingConfig, TestViews
 from pipelines.dali_video import DaliVideo
 from pipelines.datasets import Dataset
 from pipelines.errors import DataError, MediaError
 from pipelines.fallback import PyavVideo, read_frames
-from pipelines.geometry import resized_short_side
 from pipelines.media import index_videos, probe
 from pipelines.order import Split, train_positions, val_positions
 from pipelines.prefetch import Batch, Prefetcher
@@ -40,6 +39,7 @@ def build_loader(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | None = None,
+    views: TestViews | None = None,
 ) -> "Loader":
     """Check every file of a split and build its loader.
 
@@ -48,12 +48,13 @@ def build_loader(
         split: "train": random frames, crops and flips, shuffled; "val": fixed, in list order.
         sampling, augment, loader: the configuration sections.
         seed: of every random draw of the run.
-        micro_batch: clips per batch of this rank.
+        micro_batch: videos per batch of this rank.
         global_batch: clips per optimizer step, a multiple of micro_batch x world_size; unused for
             "val".
         rank: of this process, 0-based.
         world_size: number of processes.
         device: of the clips and labels; None = CPU.
+        views: "val": what is read of every video; None = the one center view.
 
     Raises:
         DataError: files cannot be used, are too short, or are fewer than one global batch.
@@ -87,6 +88,7 @@ def build_loader(
         augment=augment,
         seed=seed,
         num_classes=dataset.num_classes,
+        views=views if split == "val" else None,
     )
     return Loader(
         source,
@@ -138,13 +140,18 @@ class Loader:
         self._finalizer = weakref.finalize(self, self._state.release)
 
     @property
+    def num_views(self) -> int:
+        """Views of each video in a batch (1 in training)."""
+        return self._source.num_views
+
+    @property
     def batches_per_epoch(self) -> int:
         """Micro-batches of this rank in one epoch."""
         if self._split == "train":
             per_step = self._global_batch // (self._micro_batch * self._world_size)
             return self.steps_per_epoch * per_step
-        own = len(range(self._rank, len(self._source), self._world_size))
-        return math.ceil(own / self._micro_batch)
+        batches = math.ceil(len(self._source) / self._micro_batch)
+        return len(range(self._rank, batches, self._world_size))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -207,18 +214,28 @@ class Loader:
         assert decoder is not None
         samples = [sample for batch in group for sample in batch]
         try:
-            clips = decoder.run(samples)
+            clips = decoder.run(samples)  # [N, crops, K * T * L, size, size, 3]
         except DataError:
             raise
         except RuntimeError as error:
             raise _name_culprit(samples, error) from error
+        frames = clips.shape[2]
+        shape = (self._source.num_views, frames // self._source.num_clips, *clips.shape[3:])
+        clips = clips.reshape(-1, *shape)  # [N, crops * K, T * L, size, size, 3]
         labels = torch.tensor([sample.label for sample in samples])
         ids = torch.tensor([sample.sample_id for sample in samples])
+        maps = [torch.from_numpy(s.colors) for s in samples if s.colors is not None]
+        colors = torch.stack(maps) if maps else None  # [N, T * L, 3, 4]
         if self._device.type == "cuda":
             clips, labels = clips.pin_memory(), labels.pin_memory()
-        sizes = [len(batch) for batch in group]
-        parts = zip(*(torch.split(values, sizes) for values in (clips, labels, ids)), strict=True)
-        return [Batch(*part) for part in parts]
+            colors = colors.pin_memory() if colors is not None else None
+        batches, first = [], 0
+        for batch in group:
+            own = slice(first, first + len(batch))
+            first += len(batch)
+            color = colors[own].flatten(0, 1) if colors is not None else None
+            batches.append(Batch(clips[own].flatten(0, 1), labels[own], ids[own], color))
+        return batches
 
     def _iterate(self, run: Prefetcher) -> Iterator[Batch]:
         try:
@@ -228,6 +245,9 @@ class Loader:
                         batch.clips.to(self._device, non_blocking=True),
                         batch.labels.to(self._device, non_blocking=True),
                         batch.sample_ids,
+                        batch.colors.to(self._device, non_blocking=True)
+                        if batch.colors is not None
+                        else None,
                     )
         except DataError:
             self._state.release()  # a DALI pipeline is not valid after an error
@@ -236,25 +256,16 @@ class Loader:
             run.stop()
 
     def _build_decoder(self) -> _Decoder:
-        augment = self._augment
+        size, antialias = self._source.size, self._augment.antialias
         if not self._dali:
-            return PyavVideo(threads=self._threads, size=augment.size, antialias=augment.antialias)
-        random_crop = self._split == "train" and augment.crop == "multiscale"
-        square = (augment.size, augment.size)
-        short = augment.resize or augment.size
-        sizes = {(info.width, info.height) for info in self._source.infos}
-        scaled = {size: resized_short_side(*size, short) for size in sizes}
+            return PyavVideo(threads=self._threads, size=size, antialias=antialias)
         return DaliVideo(
             max_samples=self._group * self._micro_batch,
             threads=self._threads,
-            size=augment.size,
-            antialias=augment.antialias,
+            size=size,
+            antialias=antialias,
             read_frames=read_frames if self._backend == "pyav" else None,
-            crop_before=random_crop,
-            scale=random_crop or any(size != to for size, to in scaled.items()),
-            crop_after=not random_crop and any(to != square for to in scaled.values()),
-            flip=self._split == "train" and augment.flip,
-            repeat=self._source.may_repeat_frames,
+            steps=self._source.steps,
         )
 
 

@@ -19,6 +19,8 @@ class Purpose(IntEnum):
     ORDER = 1
     FRAMES = 2
     VIEW = 3
+    COLOR = 4
+    TEST_FRAMES = 5
 
 
 def generator(
@@ -53,7 +55,8 @@ def val_positions(
 ) -> range:
     """Positions of validation batch `index` of a rank: every sample once over all ranks.
 
-    Rank r has positions r, r + world_size, ...; its last batch may be short.
+    The split is cut into batches in list order and these are dealt out in turn, so a batch holds
+    the same samples, and gives the same bits, for any number of ranks. The last one may be short.
     """
-    own = range(rank, num_samples, world_size)
-    return own[index * micro_batch : (index + 1) * micro_batch]
+    first = (index * world_size + rank) * micro_batch
+    return range(first, min(first + micro_batch, num_samples))

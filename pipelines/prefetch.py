@@ -21,14 +21,19 @@ class Batch:
     """One micro-batch."""
 
     clips: torch.Tensor
-    """[N, T * L, size, size, 3] uint8 RGB on the loader's device; the L frames of a segment adjoin.
-    `clips.flatten(0, 1).permute(0, 3, 1, 2)` is a channels_last view."""
+    """[N * V, T * L, size, size, 3] uint8 RGB on the loader's device; the L frames of a segment
+    adjoin, and so do the V views of a video: crop after crop, in each clip after clip (V = 1 in
+    training). `clips.flatten(0, 1).permute(0, 3, 1, 2)` is a channels_last view."""
 
     labels: torch.Tensor
     """[N] int64 on the loader's device; after the label exchange of a flip."""
 
     sample_ids: torch.Tensor
     """[N] int64 on the CPU; indices into the records of the split."""
+
+    colors: torch.Tensor | None = None
+    """[N * V * T * L, 3, 4] float32 on the loader's device: the map of each frame's colors that the
+    normalization has to include (`pipelines.color`); None = none."""
 
 
 class Prefetcher:

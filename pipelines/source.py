@@ -2,49 +2,71 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from pipelines.annotations import VideoSet
-from pipelines.config import AugmentConfig, SamplingConfig, label_pairs
+from pipelines.clips import ClipSampler
+from pipelines.color import draw_jitter
+from pipelines.config import AugmentConfig, SamplingConfig, TestViews, label_pairs
 from pipelines.errors import DataError
-from pipelines.geometry import View, center_view, multiscale_view
+from pipelines.geometry import (
+    NumCrops,
+    View,
+    evaluation_views,
+    multiscale_view,
+    random_resized_view,
+    resized_short_side,
+)
 from pipelines.media import MediaInfo
 from pipelines.order import Purpose, Split, epoch_order, generator
-from pipelines.sampling import (
-    Indices,
-    neighbor_indices,
-    neighbor_starts_center,
-    neighbor_starts_train,
-    segment_indices_center,
-    segment_indices_train,
-    snippet_indices,
-    snippet_starts_train,
-    snippet_starts_views,
-)
-
-_FRAMES_PER_SEGMENT = {"segments": 1, "neighbors": 5, "snippets": 3}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One clip to be read."""
+    """What is read of one video: a training clip, or all its test clips."""
 
     sample_id: int
     """Index into the records of the split."""
 
     path: Path
     frame_indices: npt.NDArray[np.int64]
-    """[T * L], 0-based; the L frames of a segment adjoin and ascend."""
+    """[K * T * L], 0-based, clip after clip; the L frames of a segment adjoin and ascend."""
 
-    view: View
+    views: tuple[View, ...]
+    """How the frames are cut, one view per crop; all scale the whole frame alike."""
+
     label: int
     """After the label exchange of a flip."""
 
     info: MediaInfo
+
+    colors: npt.NDArray[np.float32] | None = None
+    """[K * T * L, 3, 4] maps of the frames' colors (`pipelines.color`); None = as they are."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Which steps from decoded frames to views some sample of a split needs."""
+
+    resize: bool
+    """Scale the whole frame."""
+
+    crop: bool
+    """Cut a window that is not the whole frame."""
+
+    scale: bool
+    """Scale the window."""
+
+    flip: bool
+    repeat: bool
+    """Name a frame twice."""
+
+    num_views: int
+    """Views of each sample."""
 
 
 class SampleSource:
@@ -60,19 +82,23 @@ class SampleSource:
         augment: AugmentConfig,
         seed: int,
         num_classes: int,
+        views: TestViews | None = None,
     ) -> None:
         self.videos = videos
         self.infos = infos
+        self.size = augment.size
+        """Height and width of the clips, px."""
+        self.num_clips = 1
+        self._num_crops: NumCrops = 1
+        if views is not None:
+            self.size = views.size or augment.size
+            self.num_clips, self._num_crops = views.num_clips, views.num_crops
         self._training = split == "train"
-        self._num_segments = sampling.num_segments
-        self._kind = "segments" if sampling.kind == "auto" else sampling.kind
-        self._frames_per_segment = sampling.frames_per_segment or _FRAMES_PER_SEGMENT[self._kind]
-        self.may_repeat_frames = self._kind != "segments" or sampling.short_videos != "error"
-        """Whether a clip may name a frame twice."""
+        self._clips = ClipSampler(sampling, num_clips=self.num_clips, seed=seed)
         self._augment = augment
         self._seed = seed
         self._flipped_label = label_pairs(augment.flip_label_pairs)
-        _refuse_short_videos(videos, infos, sampling, self._kind, self._frames_per_segment)
+        _refuse_short_videos(videos, infos, sampling, self._clips.shortest)
         beyond = [label for label in self._flipped_label if label >= num_classes]
         if beyond:
             raise ValueError(
@@ -90,68 +116,84 @@ class SampleSource:
         """The sample at a position of the epoch's order; validation keeps the list's order."""
         sample_id = int(self._order(epoch)[position]) if self._training else position
         record, info = self.videos.records[sample_id], self.infos[sample_id]
-        label = record.label
-        if self._training:
-            frames_rng = generator(self._seed, Purpose.FRAMES, epoch, sample_id)
-            indices = self._indices(info.num_frames, frames_rng)
-            view = self._train_view(info, generator(self._seed, Purpose.VIEW, epoch, sample_id))
-            if view.flip:
-                label = self._flipped_label.get(label, label)
-        else:
-            indices = self._indices(info.num_frames, None)
-            view = self._center_view(info)
-        return Sample(sample_id, record.path, indices, view, label, info)
+        if not self._training:
+            clips = self._clips.test(info.num_frames, sample_id)  # [K, T * L]
+            views = self._test_views(info)
+            return Sample(sample_id, record.path, clips.reshape(-1), views, record.label, info)
+        frames_rng = generator(self._seed, Purpose.FRAMES, epoch, sample_id)
+        indices = self._clips.train(info.num_frames, frames_rng)
+        view = self._train_view(info, generator(self._seed, Purpose.VIEW, epoch, sample_id))
+        label = self._flipped_label.get(record.label, record.label) if view.flip else record.label
+        colors = None
+        if self._augment.color_jitter != "none":
+            rng = generator(self._seed, Purpose.COLOR, epoch, sample_id)
+            colors = draw_jitter(len(indices), rng)
+        return Sample(sample_id, record.path, indices, (view,), label, info, colors)
 
-    def _indices(self, num_frames: int, rng: np.random.Generator | None) -> Indices:
-        """[T * L] frame indices: random ones, or without `rng` those of validation."""
-        segments, length = self._num_segments, self._frames_per_segment
-        if self._kind == "segments":
-            if rng is None:
-                return segment_indices_center(num_frames, segments)
-            return segment_indices_train(num_frames, segments, rng)
-        if self._kind == "neighbors":
-            if rng is None:
-                starts = neighbor_starts_center(num_frames, segments, frames_per_segment=length)
-            else:
-                starts = neighbor_starts_train(num_frames, segments, rng, frames_per_segment=length)
-            return neighbor_indices(starts, num_frames, frames_per_segment=length)
-        if rng is None:
-            starts = snippet_starts_views(num_frames, segments, frames_per_segment=length)[0]
-        else:
-            starts = snippet_starts_train(num_frames, segments, rng, frames_per_segment=length)
-        return snippet_indices(starts, num_frames, frames_per_segment=length)
+    @property
+    def num_views(self) -> int:
+        """Views of each video: clips x crops (of ten crops, five are mirrored)."""
+        return self.num_clips * self._num_crops
 
-    def _center_view(self, info: MediaInfo, *, flip: bool = False) -> View:
+    @property
+    def steps(self) -> Steps:
+        """What a decoder has to do for the samples of this source."""
+        augment, square = self._augment, (self.size, self.size)
+        random_window = self._training and augment.crop != "center"
+        short = augment.train_resize if random_window else augment.resize or self.size
+        sizes = {(info.width, info.height) for info in self.infos}
+        resized = {size: self._resized(size, short) for size in sizes}
+        return Steps(
+            resize=any(size != to for size, to in resized.items()),
+            crop=random_window or any(to != square for to in resized.values()),
+            scale=random_window,
+            flip=augment.flip if self._training else self._num_crops == 10,
+            repeat=self._clips.may_repeat_frames,
+            num_views=self._num_crops,
+        )
+
+    def _resized(self, size: tuple[int, int], short: int) -> tuple[int, int]:
+        return resized_short_side(*size, short, self._augment.convention) if short else size
+
+    def _test_views(self, info: MediaInfo) -> tuple[View, ...]:
         augment = self._augment
-        return center_view(
-            info.width, info.height, size=augment.size, resize=augment.resize, flip=flip
+        return evaluation_views(
+            info.width,
+            info.height,
+            size=self.size,
+            resize=augment.resize,
+            num_crops=self._num_crops,
+            convention=augment.convention,
         )
 
     def _train_view(self, info: MediaInfo, rng: np.random.Generator) -> View:
         augment = self._augment
         flip = augment.flip and bool(rng.random() < 0.5)
         if augment.crop == "center":
-            return self._center_view(info, flip=flip)
+            return replace(self._test_views(info)[0], flip=flip)
+        width, height = self._resized((info.width, info.height), augment.train_resize)
+        if augment.crop == "random_resized":
+            return random_resized_view(
+                width,
+                height,
+                flip=flip,
+                rng=rng,
+                area=augment.crop_area,
+                aspect=augment.crop_aspect,
+            )
         return multiscale_view(
-            info.width, info.height, size=augment.size, scales=augment.scales, flip=flip, rng=rng
+            width, height, size=self.size, scales=augment.scales, flip=flip, rng=rng
         )
 
 
 def _refuse_short_videos(
-    videos: VideoSet,
-    infos: Sequence[MediaInfo],
-    sampling: SamplingConfig,
-    kind: str,
-    frames_per_segment: int,
+    videos: VideoSet, infos: Sequence[MediaInfo], sampling: SamplingConfig, needed: int
 ) -> None:
     if sampling.short_videos == "error":
-        needed, what = sampling.num_segments, f"sampling.num_segments = {sampling.num_segments}"
+        what = f"sampling.num_segments = {sampling.num_segments}"
         remedy = "lower sampling.num_segments, or pass --sampling.short_videos=first_frame"
-    elif kind == "snippets":
-        needed, what = frames_per_segment, f"a snippet = {frames_per_segment}"
-        remedy = "or choose another sampling.kind"
     else:
-        return
+        what, remedy = f"a snippet = {needed}", "or choose another sampling.kind"
     short = [
         f"{record.path} ({info.num_frames})"
         for record, info in zip(videos.records, infos, strict=True)

@@ -23,7 +23,7 @@ def dry_run(trainer: Trainer) -> dict[str, Any]:
     batch = next(batches)
 
     def forward_backward() -> torch.Tensor:
-        frames = trainer.precision.network_input(batch.clips)
+        frames = trainer.precision.network_input(batch.clips, batch.colors)
         with trainer.precision.autocast():
             output = trainer.model(frames)
             torch.autograd.backward(training_loss(output, batch.labels))

@@ -1,9 +1,57 @@
-"""Exact classification metrics: integer counts on the device, ratios at the end."""
+"""Exact classification metrics (integer counts on the device, ratios at the end), view averages."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Averaging = Literal["logits", "probs", "positive_logits"]
+
+
+def average_views(logits: Tensor, averaging: Averaging) -> Tensor:
+    """One score per video and class from the logits of its views.
+
+    Args:
+        logits: [N, V, K] of V views.
+        averaging: "logits" = mean of the logits (TAM, MAS-Net); "probs" = mean of the softmax of
+            each view (mmaction, AMS-Net, TDN, MSN); "positive_logits" = mean of max(logits, 0)
+            (TDN's and MSN's ensembles of several clip lengths).
+
+    Returns:
+        [N, K] float64.
+    """
+    logits = logits.double()
+    if averaging == "probs":
+        logits = logits.softmax(dim=-1)
+    elif averaging == "positive_logits":
+        logits = logits.clamp(min=0)
+    return logits.mean(dim=1)
+
+
+def combine_scores(scores: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Weighted sum of the scores [N, K] of several models (published: every weight is 1)."""
+    total = torch.zeros_like(scores[0])
+    for own, weight in zip(scores, weights, strict=True):
+        total += weight * own
+    return total
+
+
+def mean_class_accuracy(confusion: Tensor, *, absent: Literal["zero", "nan"] = "zero") -> float:
+    """Mean of hits / count over the classes that occur in truth or prediction.
+
+    Args:
+        confusion: [K, K] integers, rows = truth, columns = prediction; on the CPU.
+        absent: share of a class that is predicted but never true: 0 (mmaction, AMS-Net) or
+            not-a-number, then so is the mean (the test scripts of TAM and MAS-Net).
+    """
+    truth = confusion.sum(dim=1)  # [K]
+    occurs = (truth + confusion.sum(dim=0)) > 0
+    counts = truth[occurs].double()
+    if absent == "zero":
+        counts = counts.clamp(min=1)
+    return float((confusion.diagonal()[occurs].double() / counts).mean())
 
 
 @dataclass(frozen=True)
@@ -58,14 +106,10 @@ class ClassificationMeter:
         count = int(confusion.sum())
         if count == 0:
             raise ValueError("ClassificationMeter.compute: no clips were counted.")
-        hits = confusion.diagonal()
-        truth = confusion.sum(dim=1)  # [K]
-        occurs = (truth + confusion.sum(dim=0)) > 0
-        recall = hits[occurs].double() / truth[occurs].clamp(min=1).double()
         return Scores(
-            top1=int(hits.sum()) / count,
+            top1=int(confusion.diagonal().sum()) / count,
             top5=int(self._top5) / count,
-            mean_class=float(recall.mean()),
+            mean_class=mean_class_accuracy(confusion),
             loss=float(self._loss) / count,
             num_clips=count,
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from accel.errors import ConfigError
 from kernels import ingest
+from pipelines.color import apply_maps
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -85,7 +86,7 @@ class Precision:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
-    def network_input(self, clips: Tensor) -> Tensor:
+    def network_input(self, clips: Tensor, colors: Tensor | None = None) -> Tensor:
         """Normalized, folded, channels_last input of the network.
 
         (x / 255 - mean) / std as one multiply-add in fp32, rounded once to the autocast type, in
@@ -93,15 +94,30 @@ class Precision:
 
         Args:
             clips: [N, T*L, H, W, 3] uint8, contiguous; the L frames of a segment adjoin.
+            colors: [N*T*L, 3, 4] float32, map of each frame's colors before the normalization
+                (`pipelines.color`); None = none.
 
         Returns:
             [N*T, 3*L, H, W], channels_last, fp32 or the autocast type; channels are those of the
             first frame (R, G, B), then of the second, and so on.
         """
+        frames = clips.flatten(0, 1)  # [N*T*L, H, W, 3]
+        if colors is not None:
+            return self._recolored_input(frames, colors)
         return ingest(
-            clips.flatten(0, 1),  # [N*T*L, H, W, 3]
+            frames,
             self._mean,
             self._std,
             dtype=self.autocast_dtype or torch.float32,
             frames_per_segment=self._frames_per_segment,
         )
+
+    def _recolored_input(self, frames: Tensor, colors: Tensor) -> Tensor:
+        """Color map and normalization as one map per frame; rounded once, as in `ingest`."""
+        maps = colors / (255 * self._std)[:, None]  # [N*T*L, 3, 4]
+        maps[..., 3] -= self._mean / self._std
+        mapped = apply_maps(frames, maps)  # [N*T*L, H, W, 3]
+        segments = mapped.view(-1, self._frames_per_segment, *mapped.shape[1:])
+        stacked = segments.permute(0, 1, 4, 2, 3).flatten(1, 2)  # [N*T, 3*L, H, W]
+        dtype = self.autocast_dtype or torch.float32
+        return stacked.to(dtype).contiguous(memory_format=torch.channels_last)

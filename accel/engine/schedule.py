@@ -12,19 +12,25 @@ class ScheduleConfig:
     epochs: int = 50
     """Passes over the training set, >= 1."""
     kind: Literal["constant", "step", "cosine", "onecycle"] = "step"
-    """constant | step (x gamma at milestones) | cosine (by epoch) | onecycle (by iteration)."""
+    """constant | step (x gamma at milestones) | cosine | onecycle (by iteration)."""
+    per: Literal["epoch", "iteration"] = "epoch"
+    """cosine and warm-up: how often the rate changes."""
     milestones: tuple[int, ...] = ()
     """step: epochs (0-based, increasing) at whose start the rate is multiplied by gamma."""
     gamma: float = 0.1
     """step: factor at each milestone, in (0, 1]."""
     factors: tuple[float, ...] = ()
     """step: factor on optim.lr from each milestone on, in (0, 1]; empty = powers of gamma."""
+    warmup_epochs: int = 0
+    """Not onecycle: epochs w spent rising linearly to optim.lr, >= 0. Per epoch (TAM, MAS-Net): the
+    factor of epoch e is (e + 1) / w, and the schedule is that of e afterwards. Per iteration (TDN,
+    MSN): from start_factor, and cosine spans the epochs after it."""
     warmup_fraction: float = 0.3
     """onecycle: share of all iterations spent rising to optim.lr, in (0, 1)."""
     start_factor: float = 0.04
-    """onecycle: factor of the first iteration, in (0, 1]."""
+    """onecycle, warm-up per iteration: factor of the first iteration, in (0, 1]."""
     final_factor: float = 0.0001
-    """onecycle: factor of the last iteration, in [0, 1]."""
+    """onecycle: factor of the last iteration; cosine: factor at its end; in [0, 1]."""
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
@@ -53,6 +59,16 @@ class ScheduleConfig:
             raise ValueError(f"schedule.factors: must be in (0, 1], got {list(self.factors)}.")
         if not 0 < self.gamma <= 1:
             raise ValueError(f"schedule.gamma: must be in (0, 1], got {self.gamma}.")
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(
+                f"schedule.warmup_epochs: must be in 0..{self.epochs - 1} (schedule.epochs - 1), "
+                f"got {self.warmup_epochs}."
+            )
+        if self.warmup_epochs and self.kind == "onecycle":
+            raise ValueError(
+                "schedule.warmup_epochs: must be 0 with schedule.kind onecycle, whose rise is "
+                f"schedule.warmup_fraction, got {self.warmup_epochs}."
+            )
         if not 0 < self.warmup_fraction < 1:
             raise ValueError(
                 f"schedule.warmup_fraction: must be in (0, 1), got {self.warmup_fraction}."
@@ -67,15 +83,22 @@ def lr_factor(config: ScheduleConfig, iteration: int, steps_per_epoch: int) -> f
     """Factor on `optim.lr` for one optimizer step.
 
     constant: 1. step: gamma ** (milestones passed), or the factor of the last one passed.
-    cosine: (1 + cos(pi * epoch / epochs)) / 2.
+    cosine: half cosine from 1 down to final_factor, by epoch or iteration.
     onecycle: half cosine from start_factor up to 1 at warmup_fraction of all iterations, then half
     cosine down to final_factor at the last one.
+    A warm-up of `warmup_epochs` comes first.
 
     Args:
         iteration: 0-based, global.
         steps_per_epoch: optimizer steps of an epoch, >= 1.
     """
     epoch = iteration // steps_per_epoch
+    warmup = config.warmup_epochs * (steps_per_epoch if config.per == "iteration" else 1)
+    if warmup and config.per == "iteration":
+        if iteration <= warmup:
+            return config.start_factor + (1.0 - config.start_factor) * iteration / warmup
+    elif epoch < warmup:
+        return (epoch + 1) / warmup
     if config.kind == "constant":
         return 1.0
     if config.kind == "step":
@@ -83,8 +106,12 @@ def lr_factor(config: ScheduleConfig, iteration: int, steps_per_epoch: int) -> f
         if config.factors:
             return (1.0, *config.factors)[passed]
         return config.gamma**passed
+    if config.kind == "cosine" and config.per == "epoch":
+        # Parity: TAM, MAS-Net: the half cosine spans all epochs, those of the warm-up included.
+        return _half_cosine(1.0, config.final_factor, epoch / config.epochs)
     if config.kind == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * epoch / config.epochs))
+        span = (config.epochs - config.warmup_epochs) * steps_per_epoch
+        return _half_cosine(1.0, config.final_factor, (iteration - warmup) / span)
     last = max(config.epochs * steps_per_epoch - 1, 1)
     peak = config.warmup_fraction * last
     if iteration < peak:

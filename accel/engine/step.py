@@ -117,7 +117,7 @@ class TrainStep:
 
     def _forward(self, batch: Batch) -> Tensor:
         with self._ranges("ingest"):
-            frames = self._precision.network_input(batch.clips)
+            frames = self._precision.network_input(batch.clips, batch.colors)
         with self._ranges("forward"), self._precision.autocast():
             return training_loss(self._model(frames), batch.labels)
 

@@ -26,7 +26,7 @@ def test_step_may_state_its_factors():
 
 
 def test_cosine_is_constant_within_an_epoch():
-    config = ScheduleConfig(kind="cosine", epochs=4)
+    config = ScheduleConfig(kind="cosine", epochs=4, final_factor=0.0)
     assert lr_factor(config, 0, 5) == 1
     assert lr_factor(config, 14, 5) == lr_factor(config, 10, 5) == pytest.approx(0.5)
     assert lr_factor(config, 19, 5) == pytest.approx((1 + math.cos(math.pi * 0.75)) / 2)

@@ -14,7 +14,7 @@ from pipelines.datasets import VIDEO_SUFFIXES
 from pipelines.fallback import read_frames
 from pipelines.geometry import View
 from pipelines.media import MediaInfo, open_video, probe
-from pipelines.source import Sample
+from pipelines.source import Sample, Steps
 
 HMDB = Path(__file__).parents[1] / "data" / "hmdb51"
 FOLDERS = [HMDB, *map(Path, filter(None, [os.environ.get("ACCEL_TEST_VIDEOS")]))]
@@ -25,8 +25,8 @@ VIDEOS = sorted(
 
 def whole_frames(path: Path, info: MediaInfo, indices: np.ndarray) -> Sample:
     size = (info.width, info.height)
-    view = View((0, 0, *size), size, (0, 0), flip=False)
-    return Sample(0, path, np.asarray(indices, np.int64), view, 0, info)
+    view = View(size, (0, 0, *size), flip=False)
+    return Sample(0, path, np.asarray(indices, np.int64), (view,), 0, info)
 
 
 def requests(num_frames: int) -> list[np.ndarray]:
@@ -106,10 +106,13 @@ def test_dali_decodes_the_same_frames(
     if info.dali_cpu_problem:
         pytest.skip(info.dali_cpu_problem)
     decoder = DaliVideo(
-        max_samples=1, threads=1, size=64, antialias=True,
-        crop_before=False, scale=False, crop_after=False, flip=False, repeat=True,
-    )  # fmt: skip
+        max_samples=1,
+        threads=1,
+        size=64,
+        antialias=True,
+        steps=Steps(resize=False, crop=False, scale=False, flip=False, repeat=True, num_views=1),
+    )
     for indices in requests(60):
-        (frames,) = decoder.run([whole_frames(path, info, indices)]).numpy()
+        ((frames,),) = decoder.run([whole_frames(path, info, indices)]).numpy()
         assert [read_code(frame) for frame in frames] == [(5, int(k)) for k in indices]
     decoder.close()

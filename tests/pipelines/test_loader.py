@@ -16,7 +16,7 @@ from pipelines import loader as loader_module
 from pipelines.config import AugmentConfig, LoaderConfig, SamplingConfig
 from pipelines.datasets import Dataset
 from pipelines.errors import DataError, MediaError
-from pipelines.fallback import apply_view, read_frames
+from pipelines.fallback import apply_views, read_frames
 from pipelines.loader import Batch, Loader, build_loader
 
 MakeVideo = Callable[..., Path]
@@ -53,7 +53,8 @@ def open_loader(dataset: Dataset, split: str = "train", **changes: Any) -> Loade
 
 
 def same(a: Batch, b: Batch) -> bool:
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in vars(a))
+    pairs = [(getattr(a, name), getattr(b, name)) for name in vars(a)]
+    return all(x is y if x is None or y is None else torch.equal(x, y) for x, y in pairs)
 
 
 @pytest.fixture
@@ -108,7 +109,9 @@ def test_pixels_equal_the_reference(
         )
         (batch,) = loader.epoch(5)
         for sample, clip in zip(loader.samples(5, 0), batch.clips, strict=True):
-            expected = apply_view(read_frames(sample), sample.view, size=56, antialias=antialias)
+            (expected,) = apply_views(
+                read_frames(sample), sample.views, size=56, antialias=antialias
+            )
             difference = np.abs(clip.numpy().astype(int) - expected)
             # DALI converts colors with another rounding than FFmpeg's RGB output; when it shrinks,
             # pixels at the border differ from torch's (and PIL's) by a few levels.
@@ -128,12 +131,12 @@ def test_crop_window_and_flip_are_exact(
     for epoch in range(6):
         (batch,) = loader.epoch(epoch)
         for sample, clip in zip(loader.samples(epoch, 0), batch.clips, strict=True):
-            x0, y0, width, height = sample.view.window
+            x0, y0, width, height = sample.views[0].window
             assert (width, height) == (48, 48)
             expected = read_frames(sample)[:, y0 : y0 + 48, x0 : x0 + 48]
-            expected = expected[:, :, ::-1] if sample.view.flip else expected
+            expected = expected[:, :, ::-1] if sample.views[0].flip else expected
             assert np.abs(clip.numpy().astype(int) - expected).max() <= 4
-            seen.add((x0, y0, sample.view.flip))
+            seen.add((x0, y0, sample.views[0].flip))
     assert len(seen) > 8
     loader.close()
 
@@ -166,7 +169,8 @@ def test_steps_do_not_depend_on_the_number_of_ranks(dataset: Dataset) -> None:
         for loader in loaders:
             for index in range(loader.batches_per_epoch):
                 for sample in loader.samples(1, index):
-                    facts = (*sample.frame_indices.tolist(), *sample.view.window, sample.view.flip)
+                    (view,) = sample.views
+                    facts = (*sample.frame_indices.tolist(), *view.window, view.flip)
                     assert sample.sample_id not in result[index // per_step]
                     result[index // per_step][sample.sample_id] = (*facts, sample.label)
         return result
@@ -188,6 +192,21 @@ def test_validation_is_complete_over_ranks(dataset: Dataset) -> None:
         assert sorted(ids) == list(range(11))
 
 
+def test_validation_batches_are_the_same_for_any_number_of_ranks(dataset: Dataset) -> None:
+    def batches(world_size: int) -> set[tuple[int, ...]]:
+        loaders = [
+            open_loader(dataset, "val", rank=rank, world_size=world_size, decoder="torch")
+            for rank in range(world_size)
+        ]
+        return {
+            tuple(sample.sample_id for sample in loader.samples(0, index))
+            for loader in loaders
+            for index in range(loader.batches_per_epoch)
+        }
+
+    assert batches(1) == batches(2) == batches(3) == batches(7)
+
+
 def test_flip_exchanges_labels(dataset: Dataset) -> None:
     augment = AugmentConfig(size=32, resize=32, flip_label_pairs=("0-2",))
     loader = open_loader(dataset, augment=augment, decoder="torch")
@@ -195,8 +214,8 @@ def test_flip_exchanges_labels(dataset: Dataset) -> None:
     samples = [s for epoch in range(3) for k in range(4) for s in loader.samples(epoch, k)]
     for sample in samples:
         label = sample.sample_id % 3
-        assert sample.label == (swapped[label] if sample.view.flip else label)
-    assert {sample.view.flip for sample in samples} == {False, True}
+        assert sample.label == (swapped[label] if sample.views[0].flip else label)
+    assert {sample.views[0].flip for sample in samples} == {False, True}
     with pytest.raises(ValueError, match="below the number of classes"):
         open_loader(dataset, augment=AugmentConfig(flip_label_pairs=("0-3",)))
 
