@@ -3,7 +3,8 @@
 import importlib.util
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -40,6 +41,7 @@ def build_loader(
     world_size: int = 1,
     device: torch.device | None = None,
     views: TestViews | None = None,
+    ranges: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> "Loader":
     """Check every file of a split and build its loader.
 
@@ -55,6 +57,7 @@ def build_loader(
         world_size: number of processes.
         device: of the clips and labels; None = CPU.
         views: "val": what is read of every video; None = the one center view.
+        ranges: makes the context in which the upload to the device is launched ("upload").
 
     Raises:
         DataError: files cannot be used, are too short, or are fewer than one global batch.
@@ -100,6 +103,7 @@ def build_loader(
         rank=rank,
         world_size=world_size,
         device=device or torch.device("cpu"),
+        ranges=ranges,
     )
 
 
@@ -118,6 +122,7 @@ class Loader:
         rank: int,
         world_size: int,
         device: torch.device,
+        ranges: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self._source = source
         self._split = split
@@ -128,6 +133,7 @@ class Loader:
         self._rank = rank
         self._world_size = world_size
         self._device = device
+        self._ranges = ranges
         self._threads = loader.resolved_threads()
         # Micro-batches decoded together: enough clips to keep every thread busy.
         self._group = max(1, math.ceil(2 * self._threads / micro_batch))
@@ -241,14 +247,13 @@ class Loader:
         try:
             while (batches := run.next_group(self._config.timeout_s)) is not None:
                 for batch in batches:
-                    yield Batch(
-                        batch.clips.to(self._device, non_blocking=True),
-                        batch.labels.to(self._device, non_blocking=True),
-                        batch.sample_ids,
-                        batch.colors.to(self._device, non_blocking=True)
-                        if batch.colors is not None
-                        else None,
-                    )
+                    with self._ranges("upload"):
+                        clips = batch.clips.to(self._device, non_blocking=True)
+                        labels = batch.labels.to(self._device, non_blocking=True)
+                        colors = batch.colors
+                        if colors is not None:
+                            colors = colors.to(self._device, non_blocking=True)
+                    yield Batch(clips, labels, batch.sample_ids, colors)
         except DataError:
             self._state.release()  # a DALI pipeline is not valid after an error
             raise

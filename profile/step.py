@@ -120,6 +120,7 @@ class Network:
             std=data.std,
             frames_per_segment=config.frames_per_segment,
         )
+        ranges = Ranges("nvtx" if args.nvtx else "off")
         before = _allocated(args.device)
         seed_everything(0, "model")
         self.model = build_model(
@@ -133,8 +134,9 @@ class Network:
             clip_norm=20.0,
             seed=0,
             world=World(),
-            ranges=Ranges(args.nvtx),
+            ranges=ranges,
         )
+        ranges.mark(self.model.named_parts())
         self.own_bytes = _allocated(args.device) - before
         self.times = Times()
         self.facts: dict[str, Any] = {}

@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from accel.engine.checkpoint import write_atomically
 
@@ -23,10 +23,18 @@ class LogConfig:
     """Seconds between progress lines when stderr is not a terminal (on one: a live line), > 0."""
     tensorboard: bool = True
     """Write TensorBoard events when the package tensorboard is installed."""
-    nvtx: bool = False
-    """Mark the phases of a step with NVTX ranges (for nsys)."""
+    profile: Literal["none", "nsys", "torch"] = "none"
+    """Capture some steps into the run folder's profile/: "torch" (torch.profiler), "nsys" (NVTX
+    ranges, start and stop of a capture; profile/nsys_train.sh runs it) or "none"."""
+    profile_start: int = 20
+    """Steps of this process before the capture, >= 1."""
+    profile_steps: int = 10
+    """Steps captured, >= 1."""
 
     def __post_init__(self) -> None:
+        for key in ("profile_start", "profile_steps"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"log.{key}: must be >= 1, got {getattr(self, key)}.")
         if self.progress_s <= 0:
             raise ValueError(f"log.progress_s: must be > 0, got {self.progress_s}.")
 

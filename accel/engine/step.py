@@ -95,6 +95,10 @@ class TrainStep:
             [3] float32 on the device: mean loss over all clips of the step, total gradient norm
             before clipping, and 1 where the update was skipped because that norm is not finite.
         """
+        with self._ranges("step"):
+            return self._run(batches, iteration)
+
+    def _run(self, batches: Iterator[Batch], iteration: int) -> Tensor:
         loss_sum = torch.zeros((), device=self._precision.device)
         for micro_step in range(self._accumulation):
             with self._ranges("data wait"), self.data_wait.running():
@@ -111,15 +115,19 @@ class TrainStep:
             norm, skipped = self._update()
         self.underway = False
         if self._world.size > 1:
-            self._world.sum_([loss_sum])
+            with self._ranges("all-reduce"):
+                self._world.sum_([loss_sum])
             loss_sum /= self._world.size
         return torch.stack([loss_sum, norm.float(), skipped])
 
     def _forward(self, batch: Batch) -> Tensor:
         with self._ranges("ingest"):
             frames = self._precision.network_input(batch.clips, batch.colors)
-        with self._ranges("forward"), self._precision.autocast():
-            return training_loss(self._model(frames), batch.labels)
+        with self._precision.autocast():
+            with self._ranges("forward"):
+                output = self._model(frames)
+            with self._ranges("loss"):
+                return training_loss(output, batch.labels)
 
     def _update(self) -> tuple[Tensor, Tensor]:
         sgd: Any = self._optimizer.sgd

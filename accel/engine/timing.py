@@ -1,30 +1,72 @@
-"""NVTX ranges and the data-wait clock."""
+"""Named ranges for profilers, and the data-wait clock."""
 
 import contextlib
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+RANGE_PREFIX = "accel::"
+"""Before our ranges in traces of torch.profiler (in NVTX they have the domain accel)."""
 
 _NOTHING = contextlib.nullcontext()
 
 
 class Ranges:
-    """Named NVTX ranges for nsys; a shared null context when off, so that a range costs nothing."""
+    """Named ranges for nsys (NVTX, domain accel) or torch.profiler.
 
-    def __init__(self, enabled: bool) -> None:
-        self._nvtx = None
-        if enabled:
+    When off, a shared null context, so that a range costs nothing.
+    """
+
+    def __init__(self, recorder: Literal["off", "nvtx", "torch"] = "off") -> None:
+        self._recorder = recorder
+        self._nvtx: Any = None
+        self._open = threading.local()
+        if recorder == "nvtx":
             import nvtx
 
             self._nvtx = nvtx
 
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is recorded."""
+        return self._recorder != "off"
+
     def __call__(self, name: str) -> contextlib.AbstractContextManager[object]:
-        """A context that shows as `name` in the domain accel."""
-        if self._nvtx is None:
+        """A context that a profile shows as `name`."""
+        if self._recorder == "off":
             return _NOTHING
-        annotation: contextlib.AbstractContextManager[object] = self._nvtx.annotate(
-            name, domain="accel"
-        )
-        return annotation
+        context: contextlib.AbstractContextManager[object]
+        if self._nvtx is not None:
+            context = self._nvtx.annotate(name, domain="accel")
+        else:
+            context = torch.profiler.record_function(RANGE_PREFIX + name)
+        return context
+
+    def mark(self, parts: Iterable[tuple[str, nn.Module]]) -> None:
+        """Show the forward pass of each module as a range; does nothing when off.
+
+        A recomputed forward pass (activation checkpointing) shows up again, inside the backward.
+        """
+        if not self.enabled:
+            return
+        for name, module in parts:
+            module.register_forward_pre_hook(lambda *_, name=name: self._enter(name))
+            # Recomputation leaves a module by an exception once it has what it needs.
+            module.register_forward_hook(lambda *_: self._leave(), always_call=True)
+
+    def _enter(self, name: str) -> None:
+        context = self(name)
+        context.__enter__()
+        if not hasattr(self._open, "contexts"):
+            self._open.contexts = []
+        self._open.contexts.append(context)
+
+    def _leave(self) -> None:
+        self._open.contexts.pop().__exit__(None, None, None)
 
 
 class Stopwatch:

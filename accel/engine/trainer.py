@@ -20,6 +20,7 @@ from accel.engine.journal import Journal, Progress, read_journal, rewind_journal
 from accel.engine.metrics import Scores
 from accel.engine.optim import Optimizer
 from accel.engine.precision import Precision
+from accel.engine.profiling import RECORDERS, StepProfiler
 from accel.engine.recorder import StepRecorder, rates
 from accel.engine.report import draw_curves
 from accel.engine.run import RunFolder, environment, resolve_device
@@ -141,6 +142,7 @@ class Trainer:
                 self._save()
             raise
         finally:
+            self.profiler.stop()
             progress.clear()
             if journal is not None:
                 journal.close()
@@ -180,8 +182,10 @@ class Trainer:
         start, waited = time.perf_counter(), self.step.data_wait.total_s
         factor = lr_factor(self.recipe.schedule, iteration, self.train_loader.steps_per_epoch)
         lr = self.optimizer.set_lr(factor)
-        metrics = self.step(batches, iteration)
-        self._recorder.flush()  # the step before this one: the device is never idle meanwhile
+        with self.profiler.step():
+            metrics = self.step(batches, iteration)
+            with self.ranges("metrics"):
+                self._recorder.flush()  # the step before: the device is never idle meanwhile
         self.counters.iteration += 1
         self.counters.wall_s = time.monotonic() - self._started
         self._recorder.add(
@@ -289,6 +293,18 @@ class Trainer:
         draw_curves(self.folder.journal, self.folder.curves)
         return summary
 
+    def _profile_facts(self) -> dict[str, Any]:
+        facts = environment(self.device)
+        return {
+            "recipe": self.recipe.name,
+            "recipe_sha256": configs.fingerprint(self.recipe),
+            "model": self.recipe.model.name,
+            "precision": self.recipe.precision.mode,
+            "clips_per_step": self.recipe.train.global_batch // self.world.size,
+            "processes": self.world.size,
+            **{key: facts[key] for key in ("device", "versions", "revision", "command")},
+        }
+
     def _accumulation(self) -> int:
         train = self.recipe.train
         if train.global_batch % (train.micro_batch * self.world.size):
@@ -309,11 +325,18 @@ class Trainer:
             num_segments=recipe.sampling.num_segments,
         ).to(self.device)
         self.optimizer = Optimizer(self.model, recipe.optim)
-        self.ranges = Ranges(recipe.log.nvtx)
+        self.ranges = Ranges(RECORDERS[recipe.log.profile])
+        self.ranges.mark(self.model.named_parts())
+        self.profiler = StepProfiler(
+            recipe.log if self.world.is_main else replace(recipe.log, profile="none"),
+            self.folder.path / "profile",
+            self.device,
+            self._profile_facts,
+        )
         self.train_loader = self._open_loader("train", recipe.train.micro_batch)
         self.val_loader = self._open_loader("val", recipe.test.batch or recipe.train.micro_batch)
         self.step = TrainStep(
-            self.world.wrap(self.model, self.device),
+            self.world.wrap(self.model, self.device, self.ranges),
             self.optimizer,
             self.precision,
             accumulation=self.accumulation,
@@ -350,6 +373,7 @@ class Trainer:
                 rank=self.world.rank,
                 world_size=self.world.size,
                 device=self.device,
+                ranges=self.ranges,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error

@@ -80,6 +80,17 @@ class ClipNetwork(nn.Module):
         self.check_frames(frames)
         return self.forward_head(self.forward_features(frames))
 
+    def named_parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """What a profile names: parts of the trunk, temporal modules in them, the head.
+
+        A temporal module has the name of its class, so that equal ones add up; of modules inside
+        each other only the outermost is given.
+        """
+        for name, part in self.trunk.named_children():
+            yield name, part
+            yield from _temporal_modules(part)
+        yield "head", self.head
+
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifier by a fresh one with `num_classes` outputs."""
         self.head.reset_classifier(num_classes)
@@ -116,3 +127,16 @@ class ClipNetwork(nn.Module):
             for norm in self._later_norms():
                 norm.eval()
         return self
+
+
+_NOT_TEMPORAL = tuple(f"accel.models.{name}" for name in ("resnet", "norm", "heads"))
+
+
+def _temporal_modules(part: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules below `part` that a system brings along itself."""
+    for child in part.children():
+        home = type(child).__module__
+        if home.startswith("accel.models.") and home not in _NOT_TEMPORAL:
+            yield type(child).__name__, child
+        else:
+            yield from _temporal_modules(child)
