@@ -28,6 +28,7 @@ ONLY_IN = {
     "torch.distributed": ["accel/engine/distributed.py"],
     "matplotlib": ["accel/engine/report.py"],
     "nvtx": ["accel/engine/timing.py"],
+    "pynvml": ["accel/engine/gpu_sampling.py", "accel/cli/doctor.py"],
     "av": ["pipelines/*.py"],
 }
 

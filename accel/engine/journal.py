@@ -40,7 +40,7 @@ class LogConfig:
 
 
 class Journal:
-    """`metrics.jsonl`: a line per optimizer step, and evaluation lines marked `"event": "eval"`."""
+    """`metrics.jsonl`: a line per optimizer step; others are marked `"event": "eval"` or "gpu"."""
 
     def __init__(self, path: Path, tensorboard: Path | None = None, *, purge_step: int = 0) -> None:
         self._file = open(path, "ab", buffering=0)
@@ -54,6 +54,10 @@ class Journal:
     def evaluation(self, **values: Any) -> None:
         """Record one evaluation; `iteration` is the number of steps done before it."""
         self._write({"event": "eval", **values}, prefix="val")
+
+    def gpu(self, **values: Any) -> None:
+        """Record means of what the GPU reported; `iteration` is the number of steps done."""
+        self._write({"event": "gpu", **values}, prefix="gpu")
 
     def close(self) -> None:
         """Flush and close."""

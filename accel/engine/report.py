@@ -22,6 +22,10 @@ def summary_text(summary: dict[str, Any], run_folder: Path) -> str:
         f"chance {1 / summary['num_classes']:.3f})",
         f"  {summary['clips_per_s']:.1f} clips/s, data wait {100 * summary['data_wait']:.1f} %",
     ]
+    if gpu := summary.get("gpu"):
+        lines.append(
+            "  " + ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in gpu.items())
+        )
     if (summary["best_val_top1"] or 0.0) > summary["val_top1"]:
         lines.append(
             f"  best val top-1 {summary['best_val_top1']:.3f} ({summary['best_checkpoint']}); "
@@ -75,7 +79,7 @@ def draw_curves(journal: Path, picture: Path) -> None:
     from matplotlib import pyplot as plt
 
     rows = read_journal(journal)
-    steps = [row for row in rows if row.get("event") != "eval"]
+    steps = [row for row in rows if "event" not in row]
     evaluations = [row for row in rows if row.get("event") == "eval"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     iterations = [row["iteration"] for row in steps]

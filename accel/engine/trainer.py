@@ -16,6 +16,7 @@ from accel.engine.checkpoint import CheckpointStore
 from accel.engine.config import Recipe
 from accel.engine.distributed import World
 from accel.engine.evaluate import evaluate
+from accel.engine.gpu_sampling import GpuSampler
 from accel.engine.journal import Journal, Progress, read_journal, rewind_journal
 from accel.engine.metrics import Scores
 from accel.engine.optim import Optimizer
@@ -134,7 +135,7 @@ class Trainer:
         self._failed_saves = 0
         self._started = time.monotonic() - self.counters.wall_s
         try:
-            with StopSignals() as self._stop:
+            with GpuSampler(self.device) as self.gpu, StopSignals() as self._stop:
                 self._loop(journal, progress)
         except DataError:
             # Nothing is lost, unless half a step has already moved the batch-norm statistics.
@@ -175,9 +176,9 @@ class Trainer:
             epoch, step = divmod(counters.iteration, self.train_loader.steps_per_epoch)
             if batches is None or step == 0:
                 batches = self.train_loader.epoch(epoch, start=step * self.accumulation)
-            self._train_step(batches, epoch)
+            self._train_step(batches, epoch, journal)
 
-    def _train_step(self, batches: Iterator[Batch], epoch: int) -> None:
+    def _train_step(self, batches: Iterator[Batch], epoch: int, journal: Journal | None) -> None:
         iteration = self.counters.iteration
         start, waited = time.perf_counter(), self.step.data_wait.total_s
         factor = lr_factor(self.recipe.schedule, iteration, self.train_loader.steps_per_epoch)
@@ -199,6 +200,8 @@ class Trainer:
             step_s=time.perf_counter() - start,
             wait_s=self.step.data_wait.total_s - waited,
         )
+        if journal is not None and (sample := self.gpu.take()):
+            journal.gpu(iteration=self.counters.iteration, **sample)
 
     def _evaluation_due(self) -> bool:
         iteration, per_epoch = self.counters.iteration, self.train_loader.steps_per_epoch
@@ -287,6 +290,7 @@ class Trainer:
             "best_checkpoint": str(best) if best else None,
             "best_val_top1": self.best_top1,
             "loader": self.train_loader.description,
+            "gpu": self.gpu.summary(),
             "recipe_sha256": configs.fingerprint(self.recipe),
         }
         self.folder.write_json(self.folder.summary.name, summary)
@@ -303,6 +307,7 @@ class Trainer:
             "clips_per_step": self.recipe.train.global_batch // self.world.size,
             "processes": self.world.size,
             **{key: facts[key] for key in ("device", "versions", "revision", "command")},
+            "gpu_sampled": self.gpu.summary(),
         }
 
     def _accumulation(self) -> int:

@@ -82,7 +82,7 @@ def steps_of():
         return [
             (row["iteration"], row["loss"], row["lr"], row["grad_norm"])
             for row in rows
-            if row.get("event") != "eval"
+            if "event" not in row
         ]
 
     return read
