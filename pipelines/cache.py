@@ -5,7 +5,7 @@ import fcntl
 import logging
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pipelines.errors import DataError
@@ -32,12 +32,13 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file so that readers see the old or the new content, never a part."""
+def replace_bytes(path: Path, parts: Iterable[bytes]) -> None:
+    """Write a file so that readers see the old or the new content, never a part."""
     temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("wb") as handle:
+            handle.writelines(parts)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

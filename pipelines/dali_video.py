@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from pipelines.errors import MediaError
 from pipelines.source import Sample, Steps
+from pipelines.trim import trimmed_stream
 
 
 class DaliVideo:
@@ -149,19 +149,5 @@ class DaliVideo:
         if self._read_frames is not None:
             decoded = self._read_frames(replace(sample, frame_indices=unique))
             return {**values, "decoded": decoded}
-        return {**values, "encoded": _read_file(sample), "frames": unique.astype(np.int32)}
-
-
-def _read_file(sample: Sample) -> Any:
-    try:
-        encoded = np.fromfile(sample.path, np.uint8)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise MediaError(sample.path, f"cannot be read any more: {reason}.") from error
-    if encoded.size != sample.info.size_bytes:
-        raise MediaError(
-            sample.path,
-            f"expected {sample.info.size_bytes} bytes as indexed, got {encoded.size}; the file was "
-            "changed during the run.",
-        )
-    return encoded
+        encoded, frames = trimmed_stream(sample, unique)
+        return {**values, "encoded": encoded, "frames": frames}

@@ -1,9 +1,8 @@
-"""The reference path: exact frames through PyAV, scaled by torch; needs no DALI.
+"""The reference path: frames of `pipelines.decode`, scaled by torch; needs no DALI.
 
-Every codec of FFmpeg, with keyframe seeks. The DALI graph is tested against it.
+The DALI graph is tested against it.
 """
 
-import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,89 +12,9 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from pipelines.errors import MediaError
+from pipelines.decode import read_frames
 from pipelines.geometry import View
-from pipelines.media import open_video
 from pipelines.source import Sample
-
-_LOG = logging.getLogger(__name__)
-
-
-def read_frames(sample: Sample) -> npt.NDArray[np.uint8]:
-    """The frames of a sample, uncropped.
-
-    Returns:
-        [F, H, W, 3] uint8 RGB, frame k being `sample.frame_indices[k]`.
-    """
-    unique, gather = np.unique(sample.frame_indices, return_inverse=True)
-    wanted = [int(index) for index in unique]
-    frames = _read_by_time(sample, wanted) if sample.info.pts is not None else None
-    if frames is None:
-        frames = _read_by_count(sample, wanted)
-    shape = (sample.info.height, sample.info.width, 3)
-    wrong = next((frame.shape for frame in frames if frame.shape != shape), None)
-    if wrong:
-        problem = f"expected frames of {shape[1]} x {shape[0]} px, got {wrong[1]} x {wrong[0]}."
-        raise MediaError(sample.path, problem)
-    stacked = np.stack(frames)
-    return stacked if np.array_equal(unique, sample.frame_indices) else stacked[gather]
-
-
-def _read_by_time(sample: Sample, wanted: list[int]) -> list[npt.NDArray[np.uint8]] | None:
-    """Seek to the last keyframe up to each frame where that saves decoding; None = not found so."""
-    import av
-
-    pts, keyframes = sample.info.pts, np.asarray(sample.info.keyframes)
-    assert pts is not None
-    found: list[npt.NDArray[np.uint8]] = []
-    with open_video(sample.path) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "NONE"  # clips are decoded in parallel, not frames
-        try:
-            frames = container.decode(stream)
-            position = 0  # index of the next frame to come
-            for index in wanted:
-                before = keyframes[keyframes <= index]
-                if len(before) and before[-1] > position:
-                    position = int(before[-1])
-                    container.seek(pts[position], stream=stream)
-                    frames = container.decode(stream)
-                for frame in frames:
-                    if frame.pts is not None and frame.pts >= pts[index]:
-                        break
-                else:
-                    return None
-                if frame.pts != pts[index]:
-                    return None
-                found.append(frame.to_ndarray(format="rgb24"))
-                position = index + 1
-        except av.FFmpegError as error:
-            raise MediaError(sample.path, f"cannot be decoded: {error}.") from error
-    return found
-
-
-def _read_by_count(sample: Sample, wanted: list[int]) -> list[npt.NDArray[np.uint8]]:
-    """Decode from the start and count."""
-    import av
-
-    if sample.info.pts is not None:
-        _LOG.warning("%s: seeking misses frames; decoding from the start", sample.path)
-    found: list[npt.NDArray[np.uint8]] = []
-    with open_video(sample.path) as container:
-        container.streams.video[0].thread_type = "NONE"
-        try:
-            for index, frame in enumerate(container.decode(video=0)):
-                if index == wanted[len(found)]:
-                    found.append(frame.to_ndarray(format="rgb24"))
-                    if len(found) == len(wanted):
-                        return found
-        except av.FFmpegError as error:
-            raise MediaError(sample.path, f"cannot be decoded: {error}.") from error
-    raise MediaError(
-        sample.path,
-        f"expected {sample.info.num_frames} frames as indexed, but frame {wanted[len(found)]} "
-        "(0-based) does not come; the file is damaged or was replaced.",
-    )
 
 
 def apply_views(

@@ -12,9 +12,11 @@ import torch
 from pipelines.config import AugmentConfig, LoaderConfig, SamplingConfig, TestViews
 from pipelines.dali_video import DaliVideo
 from pipelines.datasets import Dataset
+from pipelines.decode import read_frames
 from pipelines.errors import DataError, MediaError
-from pipelines.fallback import PyavVideo, read_frames
-from pipelines.media import index_videos, probe
+from pipelines.fallback import PyavVideo
+from pipelines.media import probe
+from pipelines.media_index import index_videos
 from pipelines.order import Split, train_positions, val_positions
 from pipelines.prefetch import Batch, Prefetcher
 from pipelines.source import Sample, SampleSource
@@ -298,9 +300,9 @@ def _choose_decoder(source: SampleSource, config: LoaderConfig, dali: bool) -> t
 
 
 def _dali_problems(source: SampleSource) -> Iterator[tuple[str, str]]:
-    for record, info in zip(source.videos.records, source.infos, strict=True):
-        if reason := info.dali_cpu_problem:
-            yield str(record.path), reason
+    for kind, index in source.infos.kinds:
+        if reason := kind.dali_cpu_problem:
+            yield str(source.videos.records[index].path), reason
 
 
 def _dali_installed() -> bool:

@@ -1,28 +1,18 @@
-"""What is in a video file: its frames, their times and keyframes; of one file and of a set.
+"""What is in a video file: its frames and the packets that hold them.
 
 Frame counts in headers are not trusted: frames are counted from the packets, or by decoding where
-packets and frames do not correspond. The result is cached, so an unchanged file is opened once.
+packets and frames do not correspond.
 """
 
-import hashlib
-import json
-import logging
-import sys
-from array import array
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from pipelines.cache import locked, replace_text
 from pipelines.containers import find_damage
-from pipelines.errors import DataError, MediaError
-
-_LOG = logging.getLogger(__name__)
-_VERSION = 1  # of the cache file
+from pipelines.errors import MediaError
+from pipelines.matroska import can_hold
+from pipelines.packets import PacketTable, make_table
 
 # Demuxers that read one self-contained file (no playlists, no subtitles, no images, no text art).
 _CONTAINERS = frozenset(
@@ -30,40 +20,59 @@ _CONTAINERS = frozenset(
 )
 # Codecs with exactly one frame per packet in these containers, at the packet's time.
 _ONE_FRAME_PER_PACKET = frozenset("av1 h264 hevc mjpeg prores vp9".split())
+# Codecs whose decoders need nothing of a container but its packets and codec parameters. Not MPEG-4
+# part 2: given packets alone, FFmpeg 8's decoder returns other pixels from one run to the next.
+_STANDALONE = frozenset("av1 h264 hevc mjpeg vp8 vp9".split())
+_DECODERS = {"av1": "libdav1d"}  # where FFmpeg's decoder is not called like the codec
 _DALI_CPU_CODECS = frozenset(("mjpeg", "vp8", "vp9"))
+_BLOCK_HEADER_BYTES = 64  # most that stands between a packet's position and its bytes
+
+
+@dataclass(frozen=True)
+class StreamKind:
+    """What files of a set usually have in common: it decides who can decode them."""
+
+    codec: str
+    container: str
+    pixel_format: str
+    color_range: int
+    """As the container states it, in FFmpeg's numbers; 0 = not stated."""
+
+    color_space: int
+    """As the container states it, in FFmpeg's numbers; 2 = not stated."""
+
+    regular: bool
+    """Whether the packets are known, and each shows one frame."""
+
+    trimmable: bool
+    """Whether a part of the stream can be given to a decoder that reads from the start. Not with
+    open GOPs: decoders differ in what they return around a keyframe in their midst."""
+
+    @property
+    def dali_cpu_problem(self) -> str | None:
+        """Why DALI cannot decode such a file on the CPU, or None."""
+        if self.codec not in _DALI_CPU_CODECS:
+            return f"DALI does not decode {self.codec} on the CPU"
+        if not {"matroska", "mp4", "avi"} & set(self.container.split(",")):
+            return f"{self.codec} in the container {self.container}"
+        if self.pixel_format not in ("yuv420p", "yuvj420p") or not self.regular:
+            return f"{self.codec} with {self.pixel_format} or irregular packets"
+        return None
 
 
 @dataclass(frozen=True)
 class MediaInfo:
     """One verified video stream."""
 
-    codec: str
-    container: str
-    pixel_format: str
+    kind: StreamKind
     width: int
     height: int
     num_frames: int
     """Frames a decoder returns, >= 1."""
 
-    pts: Sequence[int] | None
-    """[num_frames] presentation times in the stream's own unit, ascending. None: times and frames
-    do not correspond, so frames are counted from the start of the file."""
-
-    keyframes: tuple[int, ...]
-    """Frame indices a decoder can start from, ascending; empty with `pts` None."""
-
     size_bytes: int
-
-    @property
-    def dali_cpu_problem(self) -> str | None:
-        """Why DALI cannot decode this file on the CPU, or None."""
-        if self.codec not in _DALI_CPU_CODECS:
-            return f"DALI does not decode {self.codec} on the CPU"
-        if not {"matroska", "mp4", "avi"} & set(self.container.split(",")):
-            return f"{self.codec} in the container {self.container}"
-        if self.pixel_format not in ("yuv420p", "yuvj420p") or self.pts is None:
-            return f"{self.codec} with {self.pixel_format} or irregular times"
-        return None
+    packets: PacketTable | None
+    """None: packets do not tell where to find a frame; the file is decoded from its start."""
 
 
 def open_video(path: Path) -> Any:
@@ -81,6 +90,20 @@ def open_video(path: Path) -> Any:
         problem = f"expected a video file, got the format '{container.format.name}'."
         raise MediaError(path, problem)
     return container
+
+
+def open_decoder(codec: str, header: bytes, *, color_range: int = 0, color_space: int = 2) -> Any:
+    """A PyAV decoder of a stream's packets, with one thread: clips are decoded in parallel."""
+    import av
+
+    decoder: Any = av.CodecContext.create(_DECODERS.get(codec, codec), "r")
+    decoder.extradata = header or None
+    decoder.thread_type, decoder.thread_count = "NONE", 1
+    decoder.color_range, decoder.colorspace = color_range, color_space
+    # H.264 that does not state how far frames are reordered: wait for the most, rather than drop
+    # frames until the decoder has found out.
+    decoder.options = {"strict": "1"}
+    return decoder
 
 
 def probe(path: Path) -> MediaInfo:
@@ -111,156 +134,84 @@ def probe(path: Path) -> MediaInfo:
         if codec is None or codec.width <= 0 or codec.height <= 0:
             raise MediaError(path, "expected a decodable video stream, got an unknown codec.")
         name = codec.codec.canonical_name
-        facts = (name, container.format.name, str(codec.pix_fmt), codec.width, codec.height)
+        facts = (name, container.format.name, str(codec.pix_fmt))
+        colors = (int(codec.color_range), int(codec.colorspace))
+        width, height = codec.width, codec.height
+        header = bytes(codec.extradata or b"")
         try:
             packets = [packet for packet in container.demux(stream) if packet.size]
         except av.FFmpegError as error:
             raise MediaError(path, f"the file is damaged: {error}; copy it again.") from error
-    shown = [packet for packet in packets if not packet.is_discard]
-    times = sorted(packet.pts for packet in shown if packet.pts is not None)
-    regular = len(times) == len(shown) == len(set(times))
-    plain = regular and name in _ONE_FRAME_PER_PACKET and "avi" not in facts[1].split(",")
-    num_frames = len(shown)
-    if not plain and packets:
-        decoded = _decoded_times(path)
-        num_frames = len(decoded)
-        regular = regular and decoded == times
+    offsets = _places(path, packets) if name in _STANDALONE else None
+    ranks = _ranks_by_time(packets) if name in _ONE_FRAME_PER_PACKET else None
+    if ranks is None or "avi" in facts[1].split(","):
+        ranks = _ranks_by_decoding(name, header, packets) if offsets else None
+    if ranks is None or not any(rank >= 0 for rank in ranks):
+        num_frames, offsets = _count_frames(path) if packets else 0, None
+    else:
+        num_frames = sum(rank >= 0 for rank in ranks)
     if num_frames == 0:
         raise MediaError(path, "expected video frames, got none; remove the file from the list.")
-    if not regular:
-        return MediaInfo(*facts, num_frames, None, (), size_bytes)
-    keys = {packet.pts for packet in shown if packet.is_keyframe}
-    keyframes = tuple(index for index, time in enumerate(times) if time in keys)
-    return MediaInfo(*facts, num_frames, _compact(times), keyframes, size_bytes)
+    table = None
+    if offsets is not None and ranks is not None:
+        keyframes = [index for index, packet in enumerate(packets) if packet.is_keyframe]
+        table = make_table(offsets, [packet.size for packet in packets], ranks, keyframes, header)
+    regular = table is not None and int(table.ranks.min()) >= 0
+    trimmable = table is not None and regular and table.closed and can_hold(name, header)
+    kind = StreamKind(*facts, *colors, regular, trimmable)
+    return MediaInfo(kind, width, height, num_frames, size_bytes, table)
 
 
-def _compact(times: list[int]) -> Sequence[int]:
-    """The same numbers in little memory: sets have 10^5 files of 10^2 frames."""
-    if len(times) == 1:
-        return range(times[0], times[0] + 1)
-    regular = range(times[0], times[-1] + 1, times[1] - times[0])
-    return regular if list(regular) == times else array("q", times)
+def _places(path: Path, packets: list[Any]) -> list[int] | None:
+    """Where the bytes of each packet stand in the file; None = not as they are, or not in a row."""
+    offsets = []
+    with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for packet in packets:
+            if packet.pos is None or packet.has_sidedata("new_extradata"):
+                return None
+            end = packet.pos + packet.size + _BLOCK_HEADER_BYTES
+            offsets.append(data.find(bytes(packet), packet.pos, end))
+            if offsets[-1] < 0:
+                return None
+    return offsets
 
 
-def _decoded_times(path: Path) -> list[int | None]:
-    """The time of each frame in the order a decoder returns them."""
+def _ranks_by_time(packets: list[Any]) -> list[int] | None:
+    """Place of each packet's frame in the order of display; None = the times do not tell."""
+    shown = [packet.pts for packet in packets if not packet.is_discard]
+    if None in shown or len(set(shown)) < len(shown):
+        return None
+    rank_of = {time: rank for rank, time in enumerate(sorted(shown))}
+    return [-1 if packet.is_discard else rank_of[packet.pts] for packet in packets]
+
+
+def _ranks_by_decoding(codec: str, header: bytes, packets: list[Any]) -> list[int] | None:
+    """As `_ranks_by_time`, by decoding with the packets' numbers for times."""
+    import av
+
+    ranks = [-1] * len(packets)
+    decoder = open_decoder(codec, header)
+    order = []
+    try:
+        for number, packet in enumerate(packets):
+            numbered = av.Packet(bytes(packet))
+            numbered.pts = number
+            order += [frame.pts for frame in decoder.decode(numbered)]
+        order += [frame.pts for frame in decoder.decode(None)]
+    except av.FFmpegError:
+        return None
+    if None in order or len(set(order)) < len(order):
+        return None
+    for rank, number in enumerate(order):
+        ranks[number] = rank
+    return ranks
+
+
+def _count_frames(path: Path) -> int:
     import av
 
     with open_video(path) as container:
         try:
-            return [frame.pts for frame in container.decode(video=0)]
+            return sum(1 for _ in container.decode(video=0))
         except av.FFmpegError as error:
             raise MediaError(path, f"cannot be decoded: {error}; copy it again.") from error
-
-
-def index_videos(
-    paths: Sequence[Path], *, cache_dir: Path, threads: int, progress: bool = True
-) -> list[MediaInfo]:
-    """The index of every file, in order; from the cache where size and time are unchanged.
-
-    Raises:
-        MediaError: one file cannot be used.
-        DataError: several cannot; the message counts them and names the first three.
-    """
-    cache_path = cache_dir / "media" / f"{_digest(paths)}.json"
-    with locked(cache_path.with_suffix(".lock")):  # other ranks wait for the first one's work
-        return _index(paths, cache_path, threads, progress)
-
-
-def _index(
-    paths: Sequence[Path], cache_path: Path, threads: int, progress: bool
-) -> list[MediaInfo]:
-    cached = _read_cache(cache_path)
-    results: dict[Path, MediaInfo] = {}
-    stamps: dict[Path, list[int]] = {}
-    for path in dict.fromkeys(paths):
-        try:
-            stat = path.stat()
-        except (OSError, ValueError):
-            continue  # probe() says why
-        stamps[path] = [stat.st_size, stat.st_mtime_ns]
-        entry = cached.get(str(path))
-        if entry and entry["stamp"] == stamps[path]:
-            results[path] = _info_from_json(entry["info"])
-    missing = [path for path in dict.fromkeys(paths) if path not in results]
-    if missing:
-        _LOG.info("indexing %d of %d video files", len(missing), len(paths))
-        failures = _probe_all(missing, results, threads, progress)
-        _write_cache(cache_path, results, stamps)
-        _raise_failures(failures, len(paths))
-    return [results[path] for path in paths]
-
-
-def _probe_all(
-    paths: list[Path], results: dict[Path, MediaInfo], threads: int, progress: bool
-) -> list[MediaError]:
-    failures = []
-
-    def attempt(path: Path) -> MediaInfo | MediaError:
-        try:
-            return probe(path)
-        except MediaError as error:
-            return error
-
-    hidden = not progress or not sys.stderr.isatty()
-    with ThreadPoolExecutor(threads, thread_name_prefix="accel-index") as pool:
-        outcomes = pool.map(attempt, paths)
-        bar = tqdm(outcomes, total=len(paths), desc="indexing", unit="file", disable=hidden)
-        for path, outcome in zip(paths, bar, strict=True):
-            if isinstance(outcome, MediaError):
-                failures.append(outcome)
-            else:
-                results[path] = outcome
-    return failures
-
-
-def _raise_failures(failures: list[MediaError], total: int) -> None:
-    if len(failures) == 1:
-        raise failures[0]
-    if failures:
-        named = " | ".join(str(failure) for failure in failures[:3])
-        more = " | ..." if len(failures) > 3 else ""
-        raise DataError(f"{len(failures)} of {total} videos cannot be used: {named}{more}")
-
-
-def _digest(paths: Sequence[Path]) -> str:
-    return hashlib.sha256("\0".join(map(str, paths)).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def _read_cache(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["version"] != _VERSION:
-            return {}
-        entries: dict[str, Any] = content["entries"]
-        for entry in entries.values():
-            _info_from_json(entry["info"])
-            entry["stamp"]
-        return entries
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        _LOG.warning("%s: ignoring an unreadable media index (%s)", path, error)
-        return {}
-
-
-def _write_cache(path: Path, results: dict[Path, MediaInfo], stamps: dict[Path, list[int]]) -> None:
-    entries = {
-        str(video): {"stamp": stamps[video], "info": _info_to_json(info)}
-        for video, info in results.items()
-    }
-    content = json.dumps({"version": _VERSION, "entries": entries}, separators=(",", ":"))
-    replace_text(path, content)
-
-
-def _info_to_json(info: MediaInfo) -> dict[str, Any]:
-    pts = info.pts
-    times = [pts.start, pts.stop, pts.step] if isinstance(pts, range) else pts and list(pts)
-    return {**vars(info), "pts": times, "regular": isinstance(pts, range)}
-
-
-def _info_from_json(fields: dict[str, Any]) -> MediaInfo:
-    fields = dict(fields)
-    regular, pts = fields.pop("regular"), fields.pop("pts")
-    times = None if pts is None else range(*pts) if regular else array("q", pts)
-    return MediaInfo(**{**fields, "pts": times, "keyframes": tuple(fields["keyframes"])})

@@ -1,7 +1,6 @@
 """SampleSource: what to read for a place in an epoch, and every random draw; stateless."""
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from pipelines.geometry import (
     resized_short_side,
 )
 from pipelines.media import MediaInfo
+from pipelines.media_index import MediaIndex
 from pipelines.order import Purpose, Split, epoch_order, generator
 
 
@@ -75,7 +75,7 @@ class SampleSource:
     def __init__(
         self,
         videos: VideoSet,
-        infos: Sequence[MediaInfo],
+        infos: MediaIndex,
         *,
         split: Split,
         sampling: SamplingConfig,
@@ -141,8 +141,7 @@ class SampleSource:
         augment, square = self._augment, (self.size, self.size)
         random_window = self._training and augment.crop != "center"
         short = augment.train_resize if random_window else augment.resize or self.size
-        sizes = {(info.width, info.height) for info in self.infos}
-        resized = {size: self._resized(size, short) for size in sizes}
+        resized = {size: self._resized(size, short) for size in self.infos.sizes}
         return Steps(
             resize=any(size != to for size, to in resized.items()),
             crop=random_window or any(to != square for to in resized.values()),
@@ -187,7 +186,7 @@ class SampleSource:
 
 
 def _refuse_short_videos(
-    videos: VideoSet, infos: Sequence[MediaInfo], sampling: SamplingConfig, needed: int
+    videos: VideoSet, infos: MediaIndex, sampling: SamplingConfig, needed: int
 ) -> None:
     if sampling.short_videos == "error":
         what = f"sampling.num_segments = {sampling.num_segments}"
@@ -195,9 +194,8 @@ def _refuse_short_videos(
     else:
         what, remedy = f"a snippet = {needed}", "or choose another sampling.kind"
     short = [
-        f"{record.path} ({info.num_frames})"
-        for record, info in zip(videos.records, infos, strict=True)
-        if info.num_frames < needed
+        f"{videos.records[index].path} ({infos.num_frames[index]})"
+        for index in np.flatnonzero(infos.num_frames < needed).tolist()
     ]
     if short:
         raise DataError(

@@ -15,8 +15,9 @@ import torch
 from pipelines import loader as loader_module
 from pipelines.config import AugmentConfig, LoaderConfig, SamplingConfig
 from pipelines.datasets import Dataset
+from pipelines.decode import read_frames
 from pipelines.errors import DataError, MediaError
-from pipelines.fallback import apply_views, read_frames
+from pipelines.fallback import apply_views
 from pipelines.loader import Batch, Loader, build_loader
 
 MakeVideo = Callable[..., Path]

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines import media
+from pipelines import media_index
 from pipelines.errors import DataError, MediaError
-from pipelines.media import index_videos, probe
+from pipelines.media import MediaInfo, probe
+from pipelines.media_index import index_videos
 
 MakeVideo = Callable[..., Path]
 HMDB = Path(__file__).parents[1] / "data" / "hmdb51"
@@ -37,14 +38,18 @@ def test_frames_are_counted(
     path = make_video(name, codec=codec, num_frames=21, options=options, pixel_format=pixel_format)
     info = probe(path)
     assert (info.num_frames, info.width, info.height) == (21, 96, 64)
-    assert info.pts is None or (len(info.pts) == 21 and 0 in info.keyframes)
+    assert (info.packets is None) == (codec == "mpeg4")
+    if info.packets is not None:
+        shown = info.packets.ranks[info.packets.ranks >= 0]
+        assert sorted(shown) == list(range(21))
+        assert info.kind.regular == (len(info.packets.ranks) == 21)
     decodable = {"libvpx-vp9", "libvpx", "mjpeg"}
-    assert (info.dali_cpu_problem is None) == (codec in decodable and info.pts is not None)
+    assert (info.kind.dali_cpu_problem is None) == (codec in decodable and info.kind.regular)
 
 
 def test_packed_b_frames_are_counted_by_decoding() -> None:
     info = probe(next(HMDB.glob("*TrumanShow*.avi")))
-    assert info.num_frames == 48 and info.pts is None  # 49 packets, as many as the header declares
+    assert info.num_frames == 48 and info.packets is None  # 49 packets, as the header declares
 
 
 def half(path: Path) -> None:
@@ -113,31 +118,84 @@ def test_index_is_cached_by_size_and_time(
     paths.append(paths[0])
     cache = tmp_path / "cache"
     first = index_videos(paths, cache_dir=cache, threads=2)
-    assert [info.num_frames for info in first] == [10, 11, 12, 10]
+    assert first.num_frames.tolist() == [10, 11, 12, 10]
+    assert first.sizes == [(96, 64)]
+    assert [kind.codec for kind, _ in first.kinds] == ["vp9"]
 
     probed = []
-    monkeypatch.setattr(media, "probe", lambda path: probed.append(path) or probe(path))
-    assert index_videos(paths, cache_dir=cache, threads=2) == first
+    monkeypatch.setattr(media_index, "probe", lambda path: probed.append(path) or probe(path))
+    again = index_videos(paths, cache_dir=cache, threads=2)
+    assert [facts(info) for info in again] == [facts(probe(path)) for path in paths]
     assert probed == []
     make_video("1.webm", num_frames=15)
     changed = index_videos(paths, cache_dir=cache, threads=2)
     assert probed == [paths[1]] and changed[1].num_frames == 15
+    paths[2].unlink()
+    make_video("0.webm", num_frames=9)
+    probed.clear()
+    with pytest.raises(MediaError, match=r"2\.webm"):
+        index_videos(paths, cache_dir=cache, threads=2)
+    make_video("2.webm", num_frames=8)
+    probed.clear()
+    repaired = index_videos(paths, cache_dir=cache, threads=2)
+    assert probed == [paths[2]] and repaired.num_frames.tolist() == [9, 15, 8, 9]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 1, "entries": {"x": {}}}', "\0"])
+def facts(info: MediaInfo) -> tuple[object, ...]:
+    """Everything an index says about a file, comparable."""
+    table = info.packets
+    assert table is not None
+    columns = (table.offsets, table.sizes, table.ranks, table.keyframes)
+    return (*(vars(info) | {"packets": table.header}).values(), *(c.tolist() for c in columns))
+
+
+def cut_tables(content: bytes) -> bytes:
+    return content[:-1]
+
+
+def flip_a_row(content: bytes) -> bytes:
+    place = content.index(b'{"rows"') + 400
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: b"{",
+        lambda content: b'{"version": 1, "entries": {"x": {}}}',
+        lambda content: content[:60],
+        cut_tables,
+        flip_a_row,
+    ],
+)
 def test_damaged_cache_is_rebuilt(
-    make_video: MakeVideo, tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
+    make_video: MakeVideo,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    damage: Callable[[bytes], bytes],
 ) -> None:
     cache = tmp_path / "cache"
-    paths = [make_video("a.mp4", codec="libx264", times=[0, 1, 2, 5, 9], num_frames=5)]
-    first = index_videos(paths, cache_dir=cache, threads=1)
-    (file,) = cache.rglob("*.json")
-    file.write_text(content)
+    paths = [make_video("a.mp4", codec="libx264", times=[0, 1, 2, 5, 9], num_frames=5)] * 9
+    first = [facts(info) for info in index_videos(paths, cache_dir=cache, threads=1)]
+    (file,) = cache.rglob("*.index")
+    file.write_bytes(damage(file.read_bytes()))
     with caplog.at_level(logging.WARNING):
-        assert index_videos(paths, cache_dir=cache, threads=1) == first
+        again = index_videos(paths, cache_dir=cache, threads=1)
+    assert [facts(info) for info in again] == first
     assert "unreadable media index" in caplog.text
-    assert index_videos(paths, cache_dir=cache, threads=1) == first
     assert not list(cache.rglob("*.tmp-*"))
+
+
+def test_damaged_packet_table_is_an_error(make_video: MakeVideo, tmp_path: Path) -> None:
+    index = index_videos([make_video("a.webm")], cache_dir=tmp_path, threads=1)
+    (file,) = tmp_path.rglob("*.index")
+    content = file.read_bytes()
+    file.write_bytes(content[:-9] + bytes(9))
+    with pytest.raises(DataError, match=r"index is damaged .* delete it"):
+        index[0]
+    with file.open("r+b") as handle:
+        handle.write(content)
 
 
 def test_several_failures_are_one_message(make_video: MakeVideo, tmp_path: Path) -> None:
@@ -172,7 +230,7 @@ def test_damaged_files_are_indexed_or_refused(
         assert str(path) in str(error)
         return
     assert info.num_frames >= 1 and info.width > 0 and info.height > 0
-    assert info.pts is None or len(info.pts) == info.num_frames
+    assert info.packets is None or len(info.packets.packet_of_frame) == info.num_frames
 
 
 def test_cache_folder_that_cannot_be_written(make_video: MakeVideo, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_set_is_complete_cached_and_deterministic(tmp_path: Path) -> None:
     assert by_folder.class_names == CLASSES
     labels = {record.name: record.label for record in by_folder.val.records}
     assert labels == {record.name: record.label for record in dataset.val.records}
-    assert all(probe(record.path).dali_cpu_problem is None for record in dataset.val.records)
+    assert all(probe(record.path).kind.dali_cpu_problem is None for record in dataset.val.records)
 
 
 @pytest.mark.slow

@@ -1,0 +1,261 @@
+"""The index of a set of videos: what is in each file, from a cache where nothing has changed.
+
+One row of fixed size per file, and packet tables that are read when a sample needs them: a set of
+10^6 videos costs 10^6 rows of memory and no opened file.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from pipelines.cache import locked, replace_bytes
+from pipelines.errors import DataError, MediaError
+from pipelines.media import MediaInfo, StreamKind, probe
+from pipelines.packets import PacketTable
+
+_LOG = logging.getLogger(__name__)
+_MAGIC = b"accel media index 2\n"
+_ROW = np.dtype(
+    [
+        ("path", "<u8"),  # hash of the path
+        ("size_bytes", "<i8"),
+        ("time_ns", "<i8"),  # of the last change
+        ("num_frames", "<i4"),
+        ("width", "<i4"),
+        ("height", "<i4"),
+        ("kind", "<i4"),
+        ("table_at", "<i8"),  # from the start of the tables
+        ("table_bytes", "<i4"),  # 0 = none
+    ]
+)
+_STAMPS_CHECKED = 100_000
+"""Larger sets are not looked at file by file when a run starts: a file that has changed is found
+when it is read."""
+
+
+class MediaIndex(Sequence[MediaInfo]):
+    """What is in each file of a list, in its order; tables are read from disk when asked for."""
+
+    def __init__(self, path: Path, rows: npt.NDArray[Any], kinds: Sequence[StreamKind]) -> None:
+        self._path, self._rows, self._kinds = path, rows, tuple(kinds)
+        self._handle = path.open("rb")
+        self._tables_at = int.from_bytes(self._handle.read(len(_MAGIC) + 8)[-8:], "little")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> MediaInfo: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[MediaInfo]: ...
+    def __getitem__(self, index: int | slice) -> MediaInfo | list[MediaInfo]:
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(len(self)))]
+        _, size_bytes, _, num_frames, width, height, kind, place, count = self._rows[index].item()
+        table = None
+        if count:
+            packed = os.pread(self._handle.fileno(), count, self._tables_at + place)
+            try:
+                table = PacketTable.unpack(packed)
+            except (zlib.error, ValueError) as error:
+                problem = f"{self._path}: the media index is damaged ({error}); delete it."
+                raise DataError(problem) from error
+        return MediaInfo(self._kinds[kind], width, height, num_frames, size_bytes, table)
+
+    @property
+    def num_frames(self) -> npt.NDArray[np.int32]:
+        """[videos] frames of each."""
+        frames: npt.NDArray[np.int32] = self._rows["num_frames"]
+        return frames
+
+    @functools.cached_property
+    def sizes(self) -> list[tuple[int, int]]:
+        """The different (width, height), px."""
+        both = self._rows["width"].astype(np.int64) << 32 | self._rows["height"]
+        return [(size >> 32, size & 0xFFFFFFFF) for size in np.unique(both).tolist()]
+
+    @functools.cached_property
+    def kinds(self) -> list[tuple[StreamKind, int]]:
+        """The different kinds, and one video of each."""
+        present, first = np.unique(self._rows["kind"], return_index=True)
+        pairs = zip(present.tolist(), first.tolist(), strict=True)
+        return [(self._kinds[kind], index) for kind, index in pairs]
+
+
+def index_videos(
+    paths: Sequence[Path], *, cache_dir: Path, threads: int, progress: bool = True
+) -> MediaIndex:
+    """The index of every file, in order; from the cache where size and time are unchanged.
+
+    Raises:
+        MediaError: one file cannot be used.
+        DataError: several cannot; the message counts them and names the first three.
+    """
+    names = [os.fspath(path) for path in paths]
+    joined = "\0".join(names).encode("utf-8", "surrogateescape")
+    cache_path = cache_dir / "media" / f"{hashlib.sha256(joined).hexdigest()}.index"
+    with locked(cache_path.with_suffix(".lock")):  # other ranks wait for the first one's work
+        cached = _read(cache_path, len(names))
+        if cached is None or (len(names) <= _STAMPS_CHECKED and _changed(cached[0], names)):
+            _probe_missing(names, cached, cache_path, threads, progress)
+            cached = _read(cache_path, len(names))
+            assert cached is not None
+        return MediaIndex(cache_path, *cached)
+
+
+def _stamp(name: str) -> tuple[int, int]:
+    try:
+        stat = os.stat(name)
+    except (OSError, ValueError):
+        return -1, -1  # probe() says why
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _changed(rows: npt.NDArray[Any], names: Sequence[str]) -> bool:
+    stamps = zip(rows["size_bytes"].tolist(), rows["time_ns"].tolist(), strict=True)
+    return any(_stamp(name) != stamp for name, stamp in zip(names, stamps, strict=True))
+
+
+def _path_hash(name: str) -> int:
+    encoded = name.encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little")
+
+
+def _probe_missing(
+    names: Sequence[str],
+    cached: tuple[npt.NDArray[Any], list[StreamKind]] | None,
+    cache_path: Path,
+    threads: int,
+    progress: bool,
+) -> None:
+    """Write an index of all files; those known under the same size and time are not opened."""
+    known = dict(_known(cache_path, cached))
+    unique = dict.fromkeys(names)
+    results: dict[str, tuple[MediaInfo, int]] = {}
+    for name in unique:
+        stamp = _stamp(name)
+        info = known.get((_path_hash(name), *stamp)) if known else None
+        if info is not None:
+            results[name] = (info, stamp[1])
+    missing = [name for name in unique if name not in results]
+    _LOG.info("indexing %d of %d video files", len(missing), len(names))
+    failures = _probe_all(missing, results, threads, progress)
+    if not failures:
+        _write(cache_path, names, results)
+    else:
+        usable = [name for name in unique if name in results]
+        _write(cache_path.with_suffix(".partial"), usable, results)
+        _raise_failures(failures, len(names))
+    cache_path.with_suffix(".partial").unlink(missing_ok=True)
+
+
+def _known(
+    cache_path: Path, cached: tuple[npt.NDArray[Any], list[StreamKind]] | None
+) -> Iterator[tuple[tuple[int, int, int], MediaInfo]]:
+    """What this list's index, or an attempt at it that failed, says: (path, stamp) -> info."""
+    partial = cache_path.with_suffix(".partial")
+    for path, content in ((partial, _read(partial)), (cache_path, cached)):
+        if content is not None:
+            index = MediaIndex(path, *content)
+            keys = content[0][["path", "size_bytes", "time_ns"]].tolist()
+            yield from zip(keys, index, strict=True)
+
+
+def _probe_all(
+    names: list[str], results: dict[str, tuple[MediaInfo, int]], threads: int, progress: bool
+) -> list[MediaError]:
+    failures = []
+
+    def attempt(name: str) -> tuple[MediaInfo, int] | MediaError:
+        time_ns = _stamp(name)[1]  # before the file is read: a later change is seen
+        try:
+            return probe(Path(name)), time_ns
+        except MediaError as error:
+            return error
+
+    hidden = not progress or not sys.stderr.isatty()
+    with ThreadPoolExecutor(threads, thread_name_prefix="accel-index") as pool:
+        outcomes = pool.map(attempt, names)
+        bar = tqdm(outcomes, total=len(names), desc="indexing", unit="file", disable=hidden)
+        for name, outcome in zip(names, bar, strict=True):
+            if isinstance(outcome, MediaError):
+                failures.append(outcome)
+            else:
+                results[name] = outcome
+    return failures
+
+
+def _raise_failures(failures: list[MediaError], total: int) -> None:
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        named = " | ".join(str(failure) for failure in failures[:3])
+        more = " | ..." if len(failures) > 3 else ""
+        raise DataError(f"{len(failures)} of {total} videos cannot be used: {named}{more}")
+
+
+def _write(path: Path, names: Sequence[str], results: dict[str, tuple[MediaInfo, int]]) -> None:
+    """Magic, place of the tables (8 bytes), kinds as JSON, rows, tables."""
+    rows = np.zeros(len(names), _ROW)
+    kinds: dict[StreamKind, int] = {}
+    tables: list[bytes] = []
+    place = 0
+    written: dict[str, Any] = {}
+    for number, name in enumerate(names):
+        if name not in written:
+            info, time_ns = results[name]
+            packed = info.packets.pack() if info.packets else b""
+            tables.append(packed)
+            kind = kinds.setdefault(info.kind, len(kinds))
+            size = (info.num_frames, info.width, info.height)
+            stamp = (info.size_bytes, time_ns)
+            written[name] = (_path_hash(name), *stamp, *size, kind, place, len(packed))
+            place += len(packed)
+        rows[number] = written[name]
+    facts = {
+        "rows": len(rows),
+        "checksum": zlib.crc32(rows.tobytes()),
+        "kinds": [astuple(k) for k in kinds],
+    }
+    head = json.dumps(facts).encode() + b"\n"
+    tables_at = len(_MAGIC) + 8 + len(head) + rows.nbytes
+    replace_bytes(path, [_MAGIC, tables_at.to_bytes(8, "little"), head, rows.tobytes(), *tables])
+
+
+def _read(
+    path: Path, num_rows: int | None = None
+) -> tuple[npt.NDArray[Any], list[StreamKind]] | None:
+    """The rows and kinds of an index file; None = there is none that can be used."""
+    try:
+        with path.open("rb") as handle:
+            if handle.readline() != _MAGIC:
+                raise ValueError("another version")
+            tables_at = int.from_bytes(handle.read(8), "little")
+            facts = json.loads(handle.readline())
+            rows = np.frombuffer(handle.read(facts["rows"] * _ROW.itemsize), _ROW)
+            kinds = [StreamKind(*fields) for fields in facts["kinds"]]
+            end = tables_at + int((rows["table_at"] + rows["table_bytes"]).max(initial=0))
+            whole = handle.tell() == tables_at and os.fstat(handle.fileno()).st_size == end
+        if not whole or zlib.crc32(rows.tobytes()) != facts["checksum"] or len(rows) == 0:
+            raise ValueError("cut off or damaged")
+        if num_rows not in (None, len(rows)):
+            raise ValueError(f"expected {num_rows} rows, got {len(rows)}")
+        return rows, kinds
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _LOG.warning("%s: ignoring an unreadable media index (%s)", path, error)
+        return None
