@@ -85,6 +85,6 @@ setup(
     # By name: profile/ and tests/ must never be installed.
     packages=find_packages(include=["accel", "accel.*", "kernels", "pipelines"]),
     include_package_data=False,  # the C++ sources are for building only
-    package_data={"accel": ["recipes/*.yaml"]},
+    package_data={"accel": ["recipes/*.yaml", "recipes/facts/*.yaml"]},
     **extension(),
 )

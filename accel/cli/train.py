@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     recipe = configs.load_recipe(options.recipe, overrides)
     if options.print_config:
-        print(configs.dump(recipe), end="")
+        print(configs.dump_marked(recipe), end="")
         return 0
     out = Path(options.out or Path("runs") / configs.override_name(recipe.name, overrides))
     return _train(recipe, out, options)

@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from accel.engine.evaluate import TestConfig
 from accel.engine.journal import LogConfig
 from accel.engine.optim import OptimConfig
 from accel.engine.precision import PrecisionConfig
+from accel.engine.published import PublishedConfig
 from accel.engine.run import RunConfig
 from accel.engine.schedule import ScheduleConfig
 from accel.engine.step import TrainConfig
@@ -47,9 +49,20 @@ DEFAULT_RECIPE = "demo_motion8"
 # Keys that may differ between a checkpoint and the run that resumes it: where things are, how they
 # are shown, when the run stops. Everything else is part of the mathematics.
 HARMLESS_KEYS = frozenset(
-    {"data.root", "data.cache_dir", "train.max_steps", "run.device", "run.threads"}
+    {
+        "data.root",
+        "data.cache_dir",
+        "train.max_steps",
+        "run.device",
+        "run.threads",
+        "test.protocols",
+        "test.average",
+        "test.full_resolution",
+        "test.ensemble_with",
+        "sampling.two_clips",
+    }
 )
-HARMLESS_SECTIONS = frozenset({"loader", "checkpoint", "log"})
+HARMLESS_SECTIONS = frozenset({"loader", "checkpoint", "log", "published"})
 HARMFUL_KEYS = frozenset({"loader.decoder"})  # decoders differ by a few grey levels
 
 
@@ -71,6 +84,7 @@ class Recipe:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    published: PublishedConfig = field(default_factory=PublishedConfig)
 
 
 SECTIONS: dict[str, type] = {
@@ -108,6 +122,14 @@ def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+@lru_cache(maxsize=1)
+def _recipe_parser() -> argparse.ArgumentParser:
+    """The parser of a recipe's values; building it takes longer than using it."""
+    parser = make_parser("recipe", "")
+    add_recipe_options(parser)
+    return parser
+
+
 def load_recipe(name_or_path: str, overrides: Mapping[str, str] | None = None) -> Recipe:
     """The recipe called `name_or_path` with overrides applied.
 
@@ -123,8 +145,7 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, str] | None = None) -
     for key in overrides or {}:
         if key not in KEYS:
             raise ConfigError(f"--{key}: unknown option. {_nearest(key, KEYS)}")
-    parser = make_parser("recipe", "")
-    add_recipe_options(parser)
+    parser = _recipe_parser()
     try:
         config = parser.parse_object(values)  # type: ignore[attr-defined]
     except (argparse.ArgumentError, ValueError, TypeError, RecursionError) as error:
@@ -180,6 +201,18 @@ def to_dict(recipe: Recipe) -> dict[str, dict[str, Any]]:
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML text; `load_recipe` of it gives the same recipe."""
     return yaml.safe_dump(to_dict(recipe), sort_keys=False, width=100)
+
+
+def dump_marked(recipe: Recipe) -> str:
+    """`dump`, with a comment behind every value that no source of a published run states."""
+    lines, section = [], ""
+    for line in dump(recipe).splitlines():
+        key = line.partition(":")[0]
+        if not line.startswith(" "):
+            section = key
+        inferred = f"{section}.{key.strip()}" in recipe.published.inferred
+        lines.append(f"{line}  # inferred, not published" if inferred else line)
+    return "\n".join(lines) + "\n"
 
 
 def fingerprint(recipe: Recipe) -> str:
@@ -361,6 +394,9 @@ def _reject_non_finite(origin: str, section: str, settings: Mapping[str, Any]) -
 def _check_across_sections(recipe: Recipe) -> None:
     """Rules that need more than one section; all of them before any file or device is touched."""
     resolved_sampling(recipe)
+    for key in recipe.published.inferred:
+        if key not in KEYS:
+            raise ConfigError(f"published.inferred: unknown key {key}. {_nearest(key, KEYS)}")
     if recipe.train.global_batch % recipe.train.micro_batch:
         raise ConfigError(
             f"train.global_batch: must be a multiple of train.micro_batch = "

@@ -1,5 +1,6 @@
 """Exact evaluation: every clip of the split once, for any batch size and number of processes."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -7,28 +8,71 @@ import torch
 from torch import nn
 
 from accel.engine.distributed import World
-from accel.engine.metrics import ClassificationMeter, Scores
+from accel.engine.metrics import Averaging, ClassificationMeter, Scores
 from accel.engine.precision import Precision
 from accel.engine.timing import Ranges
+from pipelines.config import AugmentConfig, TestViews
+from pipelines.geometry import NumCrops
 from pipelines.loader import Loader
 
 
 @dataclass(frozen=True, kw_only=True)
 class TestConfig:
-    """Evaluation on the validation split: one center view, frames in the middle of the segments."""
+    """Evaluation on the validation split. During training: one center view of one clip."""
 
     __test__ = False  # not a test class, whatever pytest thinks of its name
 
     batch: int = 0
-    """Clips per forward of one process; 0 = train.micro_batch."""
+    """Videos per batch of one process, or views with a protocol of several; 0 =
+    train.micro_batch."""
     every_epochs: int = 1
     """Evaluate after every so many epochs (and always at the end), >= 1."""
+    protocols: tuple[str, ...] = ("1x1",)
+    """Published test protocols, clips x crops: "1x1", "2x3", "10x3", ... (crops: 1, 3 or 10)."""
+    average: Averaging = "probs"
+    """What is averaged over the views of a video: "probs" (softmax of each), "logits" (TAM,
+    MAS-Net), or "positive_logits" (max(logits, 0): TDN's several clip lengths)."""
+    full_resolution: bool = True
+    """Three crops are squares of the short side (augment.resize); false: of augment.size."""
+    ensemble_with: str = ""
+    """Recipe of the other member of the published ensemble; their scores are added 1 : 1."""
 
     def __post_init__(self) -> None:
         if self.batch < 0:
             raise ValueError(f"test.batch: must be >= 0 (0 = train.micro_batch), got {self.batch}.")
         if self.every_epochs < 1:
             raise ValueError(f"test.every_epochs: must be >= 1, got {self.every_epochs}.")
+        for name in self.protocols:
+            parse_protocol(name, "test.protocols")
+
+
+def parse_protocol(name: str, where: str) -> tuple[int, NumCrops]:
+    """(clips, crops) of a protocol's name like "10x3".
+
+    Raises:
+        ValueError: that begins with `where`.
+    """
+    match = re.fullmatch(r"([1-9][0-9]?)x(1|3|10)", name)
+    if not match:
+        raise ValueError(
+            f'{where}: must be clips x crops like "2x3" (1..99 clips; 1, 3 or 10 crops), got '
+            f"{name!r}."
+        )
+    crops: dict[str, NumCrops] = {"1": 1, "3": 3, "10": 10}
+    return int(match[1]), crops[match[2]]
+
+
+def protocol_views(name: str, test: TestConfig, augment: AugmentConfig) -> TestViews:
+    """What a protocol reads of every video under these settings.
+
+    Raises:
+        ValueError: not a protocol.
+    """
+    clips, crops = parse_protocol(name, "--protocol")
+    size = augment.size
+    if crops == 3 and test.full_resolution:
+        size = augment.resize or augment.size
+    return TestViews(num_clips=clips, num_crops=crops, size=size)
 
 
 @torch.inference_mode()

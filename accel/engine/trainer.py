@@ -322,6 +322,12 @@ class Trainer:
     def _build(self, *, pretrained: bool) -> None:
         """Network, optimizer and loaders; a resumed run does not need `model.pretrained` again."""
         recipe = self.recipe
+        if pretrained and recipe.published.init != "none" and not recipe.model.pretrained:
+            logger.warning(
+                "the published run starts from %s weights, this one from random ones; pass "
+                "--model.pretrained FILE.",
+                recipe.published.init,
+            )
         seed_everything(recipe.run.seed, "model")
         settings = recipe.model if pretrained else replace(recipe.model, pretrained="")
         self.model = build_model(

@@ -1,0 +1,51 @@
+"""`accel recipes`: the shipped recipes, the published rows they stand for, and a check of both."""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from accel.cli.options import Parser
+from accel.engine.published import facts, published_rows
+from accel.engine.recipe_check import check_recipes, recipes_of_runs, resolve_row
+
+
+def main(argv: Sequence[str]) -> int:
+    """List the recipes with their rows, or compare them with the facts."""
+    parser = Parser(prog="accel recipes", description=__doc__)
+    parser.add_argument(
+        "--check", action="store_true", help="compare every recipe with the published facts"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON array of the rows")
+    options = parser.parse_args(argv)
+    if options.check:
+        problems = list(check_recipes())
+        for problem in problems:
+            print(problem)
+        rows, extra = len(facts()["rows"]), len(facts()["extra_rows"])
+        print(
+            f"{len(recipes_of_runs())} recipes, {rows} published rows and {extra} of model zoos: "
+            f"{len(problems) or 'no'} disagreement{'s' if len(problems) != 1 else ''}"
+        )
+        return 1 if problems else 0
+    table = list(_table())
+    if options.json:
+        print(json.dumps(table, indent=1))
+        return 0
+    print(f"{'row':32}{'test':6}{'top-1':>8}{'top-5':>8}{'mean':>8}  recipe")
+    for row in table:
+        numbers = "".join(
+            f"{row['published'].get(key, ''):>8}" for key in ("top1", "top5", "mean_class")
+        )
+        print(f"{row['row']:32}{row['protocol']:6}{numbers}  {' + '.join(row['recipes'])}")
+    return 0
+
+
+def _table() -> Iterator[dict[str, Any]]:
+    for row in published_rows():
+        recipes = [recipe.name for recipe in resolve_row(row)]
+        yield {
+            "row": row.name,
+            "recipes": recipes,
+            "protocol": row.protocol,
+            "published": row.published,
+        }
