@@ -16,6 +16,8 @@ ALLOWED = {
     "accel.errors": set(),
     "accel.detection": {"accel.detection", "kernels"},
     "accel.models": {"accel.models", "accel.errors", "kernels"},
+    "accel.models.amtnet": {"accel.models", "accel.detection.priors"},
+    "accel.models.vgg_ssd": {"accel.models", "accel.detection.priors"},
     "accel.engine": {"accel", "pipelines", "kernels"},
     "accel.cli": {"accel", "pipelines.errors", "kernels"},
     "accel": {"accel"},

@@ -17,6 +17,8 @@ from accel.errors import CheckpointError, ConfigError
 from accel.models import build_model, list_models
 from accel.models.convert import TABLES
 from accel.models.convert.names import IMAGENET, OURS
+from accel.models.detectors import build_detector, describe_detector, list_detectors
+from accel.models.vgg_ssd import MEAN_RGB
 from accel.models.weights import describe, export_weights, import_weights, read_state_dict
 
 FORMAT = "accel-weights-1"
@@ -26,7 +28,9 @@ def main(argv: Sequence[str]) -> int:
     """Convert one file; exit code 2 and every difference when it does not fit."""
     parser = Parser(prog="accel convert", description=__doc__)
     parser.add_argument("file", type=Path, metavar="FILE", help="checkpoint of any known layout")
-    parser.add_argument("--system", required=True, choices=list_models(), help="its network")
+    parser.add_argument(
+        "--system", required=True, choices=[*list_models(), *list_detectors()], help="its network"
+    )
     parser.add_argument("--layout", help="its layout (default: recognized by the names)")
     parser.add_argument("--to", default=OURS, metavar="LAYOUT", help=f"default: {OURS}")
     parser.add_argument("--out", required=True, type=Path, help="file to write; must not exist")
@@ -64,10 +68,14 @@ def convert(file: Path, system: str, layout: str | None, to: str, out: Path) -> 
         CheckpointError: the file cannot be read or does not fit, or `out` cannot be written.
     """
     state = read_state_dict(file)
-    network = describe(state, file, system, layout)
-    model = build_model(**network)
+    is_detector = system in list_detectors()
+    network = (describe_detector if is_detector else describe)(state, file, system, layout)
+    model = (build_detector if is_detector else build_model)(**network)
     loaded = import_weights(model, file, layout=layout)
-    tensors = export_weights(model, to)
+    try:
+        tensors = export_weights(model, to)
+    except ValueError as error:
+        raise CheckpointError(file, str(error)) from error
     about: dict[str, Any] = {
         "network": network,
         "source": {
@@ -76,7 +84,7 @@ def convert(file: Path, system: str, layout: str | None, to: str, out: Path) -> 
             "layout": loaded.layout,
             "ignored": list(loaded.ignored),
         },
-        "preprocessing": _preprocessing(),
+        "preprocessing": _detection_preprocessing() if is_detector else _preprocessing(),
         "written_by": f"accel {accel.__version__}",
     }
     ours = to == OURS
@@ -94,6 +102,11 @@ def _preprocessing() -> dict[str, Any]:
     """What every published network of this family of codes expects of its input."""
     data = Recipe().data
     return {"colors": "RGB", "range": [0.0, 1.0], "mean": list(data.mean), "std": list(data.std)}
+
+
+def _detection_preprocessing() -> dict[str, Any]:
+    """What AMTNet and ROAD expect: bytes minus means, no division."""
+    return {"colors": "RGB", "range": [0, 255], "mean": list(MEAN_RGB), "std": [1.0, 1.0, 1.0]}
 
 
 def _sha256(path: Path) -> str:

@@ -8,9 +8,18 @@ from typing import Any
 from accel.cli.options import Parser
 from accel.models import build_model, list_models
 from accel.models.config import ModelName, variants
-from accel.models.cost import network_cost
+from accel.models.cost import detector_cost, network_cost
+from accel.models.detectors import build_detector
 
 SEGMENTS = (8, 16)
+_UCF24 = 25  # classes with background
+DETECTORS: tuple[dict[str, Any], ...] = (
+    {"title": "ssd300", "name": "ssd300"},
+    {"title": "amtnet", "name": "amtnet"},
+    {"title": "amtnet, flow x 5", "name": "amtnet", "input_frames": 5},
+    {"title": "amtnet, sum with flow x 5", "name": "amtnet", "fusion": "sum", "extra_frames": 5},
+    {"title": "amtnet, cat with flow x 5", "name": "amtnet", "fusion": "cat", "extra_frames": 5},
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -28,8 +37,9 @@ def main(argv: Sequence[str]) -> int:
         for name in list_models()
         for variant in variants(name, options.depth)
     ]
+    detectors = [describe_detector(**network) for network in DETECTORS]
     if options.json:
-        print(json.dumps(rows, indent=1))
+        print(json.dumps(rows + detectors, indent=1))
         return 0
     print(
         f"{'network':20}{'parameters':>14}" + "".join(f"{f'GMAC, T = {t}':>16}" for t in SEGMENTS)
@@ -42,6 +52,10 @@ def main(argv: Sequence[str]) -> int:
         f"ResNet-{options.depth}, {options.classes} classes; multiply-adds (10^9) of convolutions "
         f"and linear maps for one clip of {options.size} x {options.size} pixels, in evaluation."
     )
+    print(f"\n{'detector':28}{'parameters':>14}{'GMAC':>10}")
+    for row in detectors:
+        print(f"{row['title']:28}{row['parameters']:14,}{row['gmac']:10.2f}")
+    print("24 classes and background; one micro-tube (ssd300: one frame) of 300 x 300 pixels.")
     return 0
 
 
@@ -63,3 +77,10 @@ def describe_network(
         row.setdefault("parameters", parameters)
         row["gmac"][str(num_segments)] = multiply_adds / 1e9
     return row
+
+
+def describe_detector(title: str, **network: Any) -> dict[str, Any]:
+    """Parameters and GMAC of one published detector; nothing is allocated."""
+    build = partial(build_detector, num_classes=_UCF24, **network)
+    parameters, multiply_adds = detector_cost(build)
+    return {"title": title, **network, "parameters": parameters, "gmac": multiply_adds / 1e9}

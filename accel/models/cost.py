@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
+from accel.models.detectors import Detector
 from accel.models.network import ClipNetwork
 from kernels import reference
 
@@ -57,6 +58,25 @@ def network_cost(build: Callable[[], ClipNetwork], *, size: int = 224) -> tuple[
             if not name.endswith(_STATISTICS)
         )
     return parameters, counter.get_total_flops() // 2 + extra[0]
+
+
+def detector_cost(build: Callable[[], Detector], *, size: int = 300) -> tuple[int, int]:
+    """Parameters of a detector, and multiply-adds of one micro-tube (one frame of an SSD).
+
+    Args:
+        build: makes the network; called where tensors have no storage.
+        size: height and width of the frames, pixels.
+    """
+    with FakeTensorMode():
+        model = build().eval().requires_grad_(False)
+        inputs = [
+            torch.empty(model.num_frames, trunk.in_channels, size, size) for trunk in model.trunks
+        ]
+        counter = FlopCounterMode(display=False)
+        with counter, torch.no_grad():
+            model(*inputs)
+        parameters = sum(value.numel() for value in model.parameters())
+    return parameters, counter.get_total_flops() // 2
 
 
 @contextlib.contextmanager

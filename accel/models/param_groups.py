@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from accel.models.convert import TABLES
+from accel.models.detectors import Detector
 from accel.models.msn import DeformConv
 from accel.models.network import ClipNetwork
 
@@ -141,6 +142,24 @@ def parameter_groups(
             for group in groups
         ]
     return groups
+
+
+def detector_groups(model: Detector) -> list[ParameterGroup]:
+    """The parameters of a detector as the published recipes divide them, four groups.
+
+    Biases train at twice the rate without decay; those of the trunks at a T-th of their rate, T
+    being the frames of a micro-tube.
+    """
+    # Parity: AMTNet: the rates of the trunks (names with "vgg", "extra" or "L2Norm") are divided
+    # by the frames of a micro-tube, so that a second trunk, `core_extra`, is slowed as a whole.
+    slow = 1 / model.num_frames
+    trunk, trunk_bias = ParameterGroup("trunk", slow, 1), ParameterGroup("trunk_bias", 2 * slow, 0)
+    heads, head_bias = ParameterGroup("heads", 1, 1), ParameterGroup("head_bias", 2, 0)
+    for name, param in model.named_parameters():
+        in_trunk = name.startswith(("base.", "extra."))
+        weight, bias = (trunk, trunk_bias) if in_trunk else (heads, head_bias)
+        (bias if name.endswith("bias") else weight).params[name] = param
+    return [trunk, trunk_bias, heads, head_bias]
 
 
 def _add(params: dict[str, nn.Parameter], weight: ParameterGroup, bias: ParameterGroup) -> None:

@@ -19,15 +19,20 @@ import torch
 from torch import Tensor
 
 from accel.errors import CheckpointError
+from accel.models.amtnet import AMTNet
 from accel.models.convert import TABLES
 from accel.models.convert.names import IMAGENET, OURS, NameTable
 from accel.models.network import ClipNetwork
 from accel.models.resnet import BLOCKS_PER_STAGE
+from accel.models.vgg_ssd import SSD300
 
 logger = logging.getLogger(__name__)
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
+
+
+Network = ClipNetwork | AMTNet | SSD300
 
 
 class _Ignored:
@@ -195,7 +200,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def import_weights(
-    model: ClipNetwork,
+    model: Network,
     path: Path | str,
     *,
     layout: str | None = None,
@@ -211,7 +216,7 @@ def import_weights(
     * names that the system's table ignores.
 
     Args:
-        model: a network of `build_model`; its dtype, device and layout are kept.
+        model: of `build_model` or `build_detector`; its dtype, device and layout are kept.
         path: the file.
         layout: of the file; None: recognized by its names.
         allow_classifier_mismatch: keep the model's classifier when the file's has another class
@@ -289,11 +294,11 @@ def _recognize(table: NameTable, state: dict[str, Tensor], path: Path, system: s
     return layout
 
 
-def export_weights(model: ClipNetwork, layout: str) -> dict[str, Tensor]:
+def export_weights(model: Network, layout: str) -> dict[str, Tensor]:
     """The model's state dict as files of the layout have it, in the model's order.
 
     Args:
-        model: a network of `build_model`.
+        model: a network of `build_model` or `build_detector`.
         layout: one of its system's table, but not IMAGENET, which has no place for all tensors.
 
     Raises:
@@ -306,8 +311,13 @@ def export_weights(model: ClipNetwork, layout: str) -> dict[str, Tensor]:
         there = table.rename(name, OURS, layout)
         if there is None:
             raise ValueError(f'export_weights: layout "{layout}" has no name for {name}.')
-        shape = value.shape if layout == OURS else table.published_shape(name, value.shape)
-        exported[prefix + there] = value.contiguous().reshape(shape)
+        if layout != OURS and table.to_published is not None:
+            value = table.to_published(name, value)
+        elif layout != OURS:
+            value = value.contiguous().reshape(table.published_shape(name, value.shape))
+        exported[prefix + there] = value.contiguous()
+    if layout != OURS:
+        exported |= {prefix + name: value for name, value in table.constants(model).items()}
     return exported
 
 
@@ -389,7 +399,7 @@ def _in_our_shape(
     """The value as ours has it, when its shape is the layout's; otherwise unchanged."""
     shape = expected[name].shape
     if layout != OURS and value.shape == table.published_shape(name, shape):
-        return value.reshape(shape)
+        return table.from_published(name, value, shape)
     return value
 
 

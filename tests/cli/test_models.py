@@ -7,6 +7,7 @@ import pytest
 from accel.cli.main import main as accel
 from accel.cli.models import describe_network
 from accel.models import list_models
+from accel.models.detectors import list_detectors
 
 # Network, variant, classes: parameters, GMAC at 8 and 16 frames of 224 x 224; ResNet-50.
 PUBLISHED = {
@@ -43,6 +44,8 @@ def test_the_table_and_the_json_list_every_network(capsys, monkeypatch):
     table = capsys.readouterr().out
     assert accel(["models", *small, "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
+    listed, detectors = listed[:-5], listed[-5:]
+    assert {row["name"] for row in detectors} == set(list_detectors())
     assert {row["name"] for row in listed} == set(list_models())
     for row in listed:
         assert f"{row['parameters']:,}" in table

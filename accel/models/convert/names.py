@@ -9,6 +9,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -33,12 +34,27 @@ PublishedShape = Callable[[str, Sequence[int]], tuple[int, ...]]
 """(our name, our shape) -> shape in every layout but OURS and IMAGENET."""
 
 
+ToPublished = Callable[[str, Tensor], Tensor]
+"""(our name, our tensor) -> the published tensor."""
+
+FromPublished = Callable[[str, Tensor, Sequence[int]], Tensor]
+"""(our name, published tensor, our shape) -> our tensor; inverse of ToPublished."""
+
+
 def _unchanged(_name: str, value: Tensor, _shape: Sequence[int]) -> Tensor:
     return value
 
 
 def _same_shape(_name: str, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape)
+
+
+def _no_constants(_model: Any) -> dict[str, Tensor]:
+    return {}
+
+
+def _reshaped(_name: str, value: Tensor, shape: Sequence[int]) -> Tensor:
+    return value.reshape(tuple(shape))
 
 
 @dataclass(frozen=True)
@@ -72,7 +88,16 @@ class NameTable:
     """What a tensor of IMAGENET becomes in ours."""
 
     published_shape: PublishedShape = _same_shape
-    """Shape of our tensor in the published layouts: the same elements in the same order."""
+    """Shape of our tensor in the published layouts."""
+
+    to_published: ToPublished | None = None
+    """The published tensor; None: ours in the published shape, the elements in the same order."""
+
+    from_published: FromPublished = _reshaped
+    """Our tensor from a published one of the published shape."""
+
+    constants: Callable[[Any], dict[str, Tensor]] = _no_constants
+    """(model) -> tensors that published files hold beside those of the rows, by their names."""
 
     @property
     def all_layouts(self) -> tuple[str, ...]:
