@@ -4,11 +4,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 import accel
-from accel.cli import convert, doctor, models, recipes, train
+from accel.cli import convert, doctor, evaluate, models, recipes, train
 from accel.cli.rendering import run_guarded
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train.main, "train and evaluate a recipe (the same as train.py)"),
+    "evaluate": (evaluate.main, "test a trained network with several views, store its scores"),
+    "ensemble": (evaluate.ensemble_main, "add stored scores of several models"),
     "convert": (convert.main, "convert a checkpoint between our layout and published ones"),
     "models": (models.main, "list the networks with their parameters and multiply-adds"),
     "recipes": (recipes.main, "list the recipes with their published rows, or check them"),

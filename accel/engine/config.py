@@ -142,12 +142,33 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, str] | None = None) -
             value.
     """
     origin, values = _read_with_base(name_or_path)
+    return recipe_of(values, origin, name=Path(name_or_path).stem, overrides=overrides)
+
+
+def recipe_of(
+    values: Mapping[str, Any],
+    origin: str,
+    *,
+    name: str,
+    overrides: Mapping[str, str] | None = None,
+) -> Recipe:
+    """The recipe of plain data, e.g. of a checkpoint, with overrides applied.
+
+    Args:
+        values: section -> key -> value; what is missing has its default.
+        origin: where they come from, for messages.
+        name: of the recipe.
+        overrides: as for `load_recipe`.
+
+    Raises:
+        ConfigError: unknown key, wrong type, impossible value.
+    """
     for key in overrides or {}:
         if key not in KEYS:
             raise ConfigError(f"--{key}: unknown option. {_nearest(key, KEYS)}")
     parser = _recipe_parser()
     try:
-        config = parser.parse_object(values)  # type: ignore[attr-defined]
+        config = parser.parse_object(dict(values))  # type: ignore[attr-defined]
     except (argparse.ArgumentError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{origin}: {_one_line(error)}") from error
     if overrides:
@@ -166,7 +187,7 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, str] | None = None) -
             text = _one_line(error)
             where = "command line" if text.split(":", 1)[0] in (overrides or {}) else origin
             raise ConfigError(f"{where}: {text}") from error
-    recipe = Recipe(name=Path(name_or_path).stem, **sections)
+    recipe = Recipe(name=name, **sections)
     _check_across_sections(recipe)
     return recipe
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from accel.engine.distributed import World
-from accel.engine.metrics import Averaging, ClassificationMeter, Scores
+from accel.engine.metrics import Averaging, ClassificationMeter, Scores, average_views
 from accel.engine.precision import Precision
 from accel.engine.timing import Ranges
 from pipelines.config import AugmentConfig, TestViews
@@ -109,3 +109,47 @@ def evaluate(
         model.train(was_training)
     world.sum_(meter.tensors())
     return meter.compute()
+
+
+@torch.inference_mode()
+def evaluate_views(
+    model: nn.Module,
+    loader: Loader,
+    *,
+    num_videos: int,
+    num_classes: int,
+    average: Averaging,
+    chunk: int,
+    precision: Precision,
+    world: World,
+    ranges: Ranges,
+) -> Tensor:
+    """Scores of all videos of `loader`, averaged over their views.
+
+    A batch holds the same videos for any number of processes, and each row of the result is filled
+    by one process, so the bits do not depend on that number.
+
+    Args:
+        model: in evaluation mode.
+        num_videos: of the whole split.
+        chunk: views per forward.
+
+    Returns:
+        [num_videos, num_classes] float64 on the CPU, on every process.
+    """
+    scores = torch.zeros(num_videos, num_classes, dtype=torch.float64, device=precision.device)
+    seen = torch.zeros(num_videos, dtype=torch.int64, device=precision.device)
+    with ranges("evaluation"):
+        for batch in loader.epoch(0):
+            logits = []
+            for clips in torch.split(batch.clips, chunk):
+                frames = precision.network_input(clips)
+                with precision.autocast():
+                    logits.append(model(frames).double())
+            views = torch.cat(logits).view(-1, loader.num_views, num_classes)  # [N, V, K]
+            rows = batch.sample_ids.to(scores.device)
+            scores[rows] = average_views(views, average)
+            seen[rows] += 1
+    world.sum_([scores, seen])
+    assert bool((seen == 1).all()), "every video is scored once"
+    return scores.cpu()

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -14,6 +14,7 @@ import accel
 from accel.engine import config as configs
 from accel.engine.checkpoint import CheckpointStore
 from accel.engine.config import Recipe
+from accel.engine.data import open_loader, open_shared_dataset
 from accel.engine.distributed import World
 from accel.engine.evaluate import evaluate
 from accel.engine.gpu_sampling import GpuSampler
@@ -33,9 +34,9 @@ from accel.engine.stop import StopRequested, StopSignals
 from accel.engine.timing import Ranges
 from accel.errors import CheckpointError, ConfigError
 from accel.models import build_model
-from pipelines.datasets import Dataset, open_dataset
 from pipelines.errors import DataError
-from pipelines.loader import Batch, Loader, build_loader
+from pipelines.loader import Batch, Loader
+from pipelines.order import Split
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class Trainer:
         try:
             self.store = CheckpointStore(self.folder.checkpoints, recipe.checkpoint.keep_last)
             found = find_checkpoint(resume, self.folder, self.store, recipe)
-            self.dataset = self._open_dataset()
+            self.dataset = open_shared_dataset(recipe, self.world)
             self._build(pretrained=found is None)
             self.counters = Counters()
             self.scores: Scores | None = None
@@ -357,37 +358,16 @@ class Trainer:
             ranges=self.ranges,
         )
 
-    def _open_dataset(self) -> Dataset:
-        """The videos of both splits; rank 0 first, so that a generated set is written once."""
-        if not self.world.is_main:
-            self.world.barrier()
-        try:
-            dataset = open_dataset(self.recipe.data, progress=self.world.is_main)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        if self.world.is_main:
-            self.world.barrier()
-        return dataset
-
-    def _open_loader(self, split: Literal["train", "val"], micro_batch: int) -> Loader:
-        recipe = self.recipe
-        try:
-            loader = build_loader(
-                self.dataset,
-                split=split,
-                sampling=configs.resolved_sampling(recipe),
-                augment=recipe.augment,
-                loader=recipe.loader,
-                seed=recipe.run.seed,
-                micro_batch=micro_batch,
-                global_batch=recipe.train.global_batch,
-                rank=self.world.rank,
-                world_size=self.world.size,
-                device=self.device,
-                ranges=self.ranges,
-            )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+    def _open_loader(self, split: Split, micro_batch: int) -> Loader:
+        loader = open_loader(
+            self.recipe,
+            self.dataset,
+            split,
+            micro_batch=micro_batch,
+            world=self.world,
+            device=self.device,
+            ranges=self.ranges,
+        )
         self._loaders.append(loader)
         return loader
 
