@@ -1,16 +1,27 @@
 """Lists of videos: strict parsing with `path:line:` errors."""
 
 import hashlib
+import io
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Literal, overload
+
+import numpy as np
+import numpy.typing as npt
 
 from pipelines.errors import AnnotationError
 
 _LOG = logging.getLogger(__name__)
+_FORMS = {
+    2: "<path> <label>",
+    3: "<folder> <frames> <label>",
+    4: "<folder> <offset> <frames> <label>",
+}
 _LABEL = re.compile(r"[0-9]{1,9}")
 
 
@@ -23,56 +34,136 @@ class VideoRecord:
 
     path: Path
     label: int
+    num_frames: int = 0
+    """Frames of a folder of frames, as listed; 0 = not listed, or a video file."""
+
+    offset: int = 0
+    """Added to every frame number of a folder of frames."""
 
 
-@dataclass(frozen=True)
-class VideoSet:
-    """The videos of one split, in the order of the list."""
+Row = tuple[str, int] | tuple[str, int, int] | tuple[str, int, int, int]
+"""(name, label), or with the number of frames and the offset of a folder of frames."""
 
-    records: tuple[VideoRecord, ...]
+
+class VideoSet(Sequence[VideoRecord]):
+    """The videos of one split, in the order of the list; a few bytes and the name for each."""
+
+    def __init__(self, root: Path, rows: Iterable[Row]) -> None:
+        self.root = root
+        names, ends, numbers = bytearray(), array("q", [0]), array("i")
+        for row in rows:
+            names += row[0].encode("utf-8", "surrogateescape")
+            ends.append(len(names))
+            numbers.extend((*row[1:], 0, 0)[:3])
+        self._names = bytes(names)
+        self._ends = np.frombuffer(ends, np.int64)
+        self._numbers = np.frombuffer(numbers, np.int32).reshape(-1, 3)
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> VideoRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[VideoRecord]: ...
+    def __getitem__(self, index: int | slice) -> VideoRecord | list[VideoRecord]:
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        name = self._name(index)
+        return VideoRecord(name, self.root / name, *self._numbers[index].tolist())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, VideoSet) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def _name(self, index: int) -> str:
+        encoded = self._names[self._ends[index] : self._ends[index + 1]]
+        return encoded.decode("utf-8", "surrogateescape")
+
+    @property
+    def labels(self) -> npt.NDArray[np.int32]:
+        """[videos]"""
+        return self._numbers[:, 0]
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 (hex) over names, labels and order; independent of where the root is."""
-        return hashlib.sha256(format_list(self.records).encode()).hexdigest()
+        digest = hashlib.sha256()
+        for first in range(0, len(self), 10_000):
+            digest.update(format_list(self[first : first + 10_000]).encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 (hex) over root and list, to find what is known about these files."""
+        parts = (str(self.root).encode(), self._names, self._ends, self._numbers)
+        return hashlib.sha256(b"\0".join(bytes(part) for part in parts)).hexdigest()
 
 
 def format_list(records: Iterable[VideoRecord]) -> str:
-    """The text of a list file, one `<path><tab><label>` per line."""
-    return "".join(f"{record.name}\t{record.label}\n" for record in records)
+    """The text of a list file, one `<path><tab>[<offset><tab>][<frames><tab>]<label>` per line."""
+    lines = []
+    for record in records:
+        numbers = [record.offset] if record.offset else []
+        numbers += [record.num_frames] if record.num_frames else []
+        lines.append("\t".join([record.name, *map(str, numbers), str(record.label)]))
+    return "".join(f"{line}\n" for line in lines)
 
 
 def read_list(
-    path: Path, *, root: Path, num_classes: int = 0, allow_outside_root: bool = False
-) -> tuple[VideoRecord, ...]:
-    """The records of a list file with one `<path> <label>` per line (UTF-8).
+    path: Path,
+    *,
+    root: Path,
+    num_classes: int = 0,
+    allow_outside_root: bool = False,
+    kind: Literal["auto", "videos", "frames"] = "auto",
+) -> VideoSet:
+    """The videos of a list file with one `<path> <label>` per line (UTF-8).
 
-    The two fields are separated by blanks, or by one tab when the path itself contains blanks.
-    Empty lines are skipped. Repeated lines are kept and counted in the log.
+    Folders of frames have `<folder> <frames> <label>`, or `<folder> <offset> <frames> <label>`. The
+    fields are separated by blanks, or by one tab when the path itself contains blanks. Empty lines
+    are skipped. Repeated lines are kept and counted in the log.
 
     Args:
         path: the list.
         root: folder that relative paths start from.
         num_classes: labels must be below it; 0 = no bound.
         allow_outside_root: permit absolute paths and `..` that lead out of `root`.
+        kind: "auto" = what the first line has.
 
     Raises:
         AnnotationError: the first line that cannot be used, or an empty list.
     """
-    records = []
+    videos = VideoSet(root, _rows(path, root, num_classes, allow_outside_root, kind))
+    if not len(videos):
+        raise AnnotationError(path, 'the list is empty; expected one "<path> <label>" per line.')
+    repeated = len(videos) - len({videos._name(index) for index in range(len(videos))})
+    if repeated:
+        _LOG.warning("%s: %d of %d lines repeat a path; kept", path, repeated, len(videos))
+    return videos
+
+
+def _rows(
+    path: Path, root: Path, num_classes: int, allow_outside_root: bool, kind: str
+) -> Iterator[Row]:
+    forms = {"videos": (2,), "frames": (3, 4), "auto": (2, 3, 4)}[kind]
+    columns = 0
     for line_number, line in _lines(path):
         fields = line.split("\t") if "\t" in line else line.split()
-        if len(fields) != 2:
-            raise AnnotationError(
-                path,
-                f'expected "<path> <label>", got {len(fields)} fields: {_short(line)}. '
-                "Separate by one tab if the path contains blanks.",
-                line_number,
-            )
-        name, label = fields[0].strip(), fields[1].strip()
+        if len(fields) != columns:
+            if columns or len(fields) not in forms:
+                expected = _FORMS[columns or forms[0]]
+                raise AnnotationError(
+                    path,
+                    f'expected "{expected}", got {len(fields)} fields: {_short(line)}. '
+                    "Separate by one tab if the path contains blanks.",
+                    line_number,
+                )
+            columns = len(fields)
+        name, label = fields[0].strip(), fields[-1].strip()
         if not _LABEL.fullmatch(label):
             problem = f"expected a label (an integer >= 0) in the last field, got {_short(label)}."
             raise AnnotationError(path, problem, line_number)
@@ -81,13 +172,15 @@ def read_list(
             raise AnnotationError(path, problem, line_number)
         if refusal := _path_problem(name, root, allow_outside_root):
             raise AnnotationError(path, refusal, line_number)
-        records.append(VideoRecord(name, root / name, int(label)))
-    if not records:
-        raise AnnotationError(path, 'the list is empty; expected one "<path> <label>" per line.')
-    repeated = len(records) - len({record.name for record in records})
-    if repeated:
-        _LOG.warning("%s: %d of %d lines repeat a path; kept", path, repeated, len(records))
-    return tuple(records)
+        if columns == 2:
+            yield name, int(label)
+            continue
+        numbers = [field.strip() for field in fields[1:-1]]
+        bad = next((field for field in numbers if not _LABEL.fullmatch(field)), None)
+        if bad is not None or int(numbers[-1]) == 0:
+            problem = f'expected "{_FORMS[columns]}" with >= 1 frames, got {_short(line)}.'
+            raise AnnotationError(path, problem, line_number)
+        yield name, int(label), int(numbers[-1]), int(numbers[0]) if columns == 4 else 0
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
@@ -121,7 +214,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         line_number = content.count(b"\n", 0, error.start) + 1
         problem = f"expected UTF-8 text, got byte 0x{content[error.start]:02x}."
         raise AnnotationError(path, problem, line_number) from error
-    for line_number, line in enumerate(text.split("\n"), start=1):
+    for line_number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
         if line.strip():
             yield line_number, line.strip()
 
@@ -130,7 +223,8 @@ def _path_problem(name: str, root: Path, allow_outside_root: bool) -> str | None
     """Why a listed path is refused, or None."""
     if not name or "\0" in name:
         return f"expected a path without NUL characters, got {_short(name)}."
-    if allow_outside_root:
+    # What most names are needs no closer look.
+    if allow_outside_root or not (name[0] == "/" or ":" in name or ".." in name or "\\" in name):
         return None
     if PureWindowsPath(name).drive or ".." in PurePosixPath(name).parts:
         inside = False

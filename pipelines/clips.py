@@ -59,6 +59,11 @@ class ClipSampler:
         return not plain or self._num_clips > 1
 
     @property
+    def num_frames(self) -> int:
+        """Frame indices of one clip."""
+        return self._segments * self._length
+
+    @property
     def shortest(self) -> int:
         """The fewest frames a video must have."""
         if self._kind == "snippets" and self._config.short_videos != "error":

@@ -21,21 +21,40 @@ def _check_rgb(key: str, values: Sequence[float], *, positive: bool) -> None:
     _check(finite and low and max(values) <= 1.0, key, expected, list(values))
 
 
+def _check_frame_name(template: str) -> None:
+    try:
+        names = [template.format(number) for number in (1, 2)]
+    except (ValueError, IndexError, KeyError, AttributeError):
+        names = []
+    good = len(set(names)) == 2 and not any("/" in name or "\0" in name for name in names)
+    _check(good, "data.frame_name", 'a file name with one number, e.g. "{:05d}.jpg"', template)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where the videos are, what their labels are, and how pixels are normalized."""
 
     root: str = ""
     """Folder of the videos. With empty lists it holds class folders: `<class>/<clip>`, or
-    `train/<class>/<clip>` and `val/<class>/<clip>`. "" = unset."""
+    `train/<class>/<clip>` and `val/<class>/<clip>`; a clip is a video file or a folder of frames.
+    "" = unset."""
+
+    kind: Literal["auto", "videos", "frames"] = "auto"
+    """Video files, or folders of frames (JPEG or PNG). "auto" = by the columns of the lists
+    (`<path> <label>`, or `<folder> <frames> <label>`), or by what class folders hold."""
+
+    frame_name: str = ""
+    """Names of the files in a folder of frames, e.g. "img_{:05d}.jpg". "" = as in the set's first
+    folder."""
 
     generate: Literal["none", "motion8"] = "none"
     """"motion8" = write (once, into the cache) and use the generated eight-motion set; `root` and
     the lists must then be empty."""
 
     train_list: str = ""
-    """Text file with one `<path> <label>` per line; relative to `root`, or absolute. "" = class
-    folders."""
+    """Text file with one `<path> <label>`, `<folder> <frames> <label>` or `<folder> <offset>
+    <frames> <label>` per line (`offset` is added to the frame numbers, which begin at 1); relative
+    to `root`, or absolute. "" = class folders."""
 
     val_list: str = ""
     """As `train_list`, for validation. Both lists are given, or neither."""
@@ -70,6 +89,8 @@ class DataConfig:
         _check(0 < self.val_fraction < 1, "data.val_fraction", "0 < x < 1", self.val_fraction)
         _check_rgb("data.mean", self.mean, positive=False)
         _check_rgb("data.std", self.std, positive=True)
+        if self.frame_name:
+            _check_frame_name(self.frame_name)
         if bool(self.train_list) != bool(self.val_list):
             missing = "data.val_list" if self.train_list else "data.train_list"
             raise ValueError(f"{missing}: expected a file, got ''; give both lists, or neither.")

@@ -1,4 +1,4 @@
-"""DALI graph for video files: decode on the CPU (or take decoded frames), scale, cut, mirror.
+"""DALI graph for videos and folders of frames: decode (or take decoded frames), scale, cut, mirror.
 
 The graph has no state and no random operator: everything random comes with the sample.
 """
@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.dlpack import from_dlpack
 
+from pipelines.images import read_encoded
 from pipelines.source import Sample, Steps
 from pipelines.trim import trimmed_stream
 
@@ -31,21 +32,26 @@ class DaliVideo:
         self,
         *,
         max_samples: int,
+        max_frames: int,
         threads: int,
         size: int,
         antialias: bool,
         read_frames: Callable[[Sample], npt.NDArray[np.uint8]] | None = None,
+        images: bool = False,
         steps: Steps,
     ) -> None:
         """Build the graph: decode, [resize], then for each view [crop], [scale], [flip], [repeat].
 
         Args:
             max_samples: most samples of one `run`.
+            max_frames: most frames of a sample.
             threads: CPU threads of the pipeline.
             size: output height and width, px.
             antialias: low-pass filter when shrinking.
             read_frames: gives the frames [F, H, W, 3] of a sample, called from a pool of `threads`
                 threads; None = DALI decodes.
+            images: the samples are folders of frames. Each frame is a sample to DALI: one operator
+                decodes all frames of all clips.
             steps: what the samples need. A frame that a sample names twice is decoded and scaled
                 once and repeated at the end (DALI's decoder starts again at the first frame for
                 every repeated index).
@@ -56,12 +62,13 @@ class DaliVideo:
         fn = dali.fn
         self._inputs: list[str] = []
         self._read_frames = read_frames
+        self._images = images and read_frames is None
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="accel-decode")
         self._feed: dict[str, list[Any]] = {}
         # No affinity: the pipeline shares the cores with the training threads.
         # exec_dynamic: outputs stay valid while a tensor refers to them.
         self._pipeline: Any = dali.Pipeline(
-            batch_size=max_samples,
+            batch_size=max_samples * max_frames if self._images else max_samples,
             num_threads=threads,
             device_id=None,
             prefetch_queue_depth=1,
@@ -80,6 +87,8 @@ class DaliVideo:
         with self._pipeline:
             if read_frames is not None:
                 clip = per_sample("decoded", layout="FHWC")  # per sample [unique frames, H, W, 3]
+            elif self._images:
+                clip = fn.decoders.image(per_sample("encoded"), device="cpu")  # [H, W, 3] each
             else:
                 # pad_mode "none": a missing frame is an error; the default would be a black frame.
                 clip = fn.decoders.video(
@@ -90,7 +99,8 @@ class DaliVideo:
                 )  # per sample [unique frames, H, W, 3]
             if steps.resize:
                 clip = resize(clip, per_sample("resized"))
-            repeats = per_sample("gather") if steps.repeat else None
+            self._gather = steps.repeat and self._images  # after DALI: its samples are frames
+            repeats = per_sample("gather") if steps.repeat and not self._images else None
             outputs = []
             for k in range(steps.num_views):
                 view = clip
@@ -120,11 +130,28 @@ class DaliVideo:
             RuntimeError: from DALI, for the whole group.
         """
         values = list(self._pool.map(self._values, samples))
-        self._feed = {name: [value[name] for value in values] for name in self._inputs}
+        if self._images:
+            self._feed = {
+                name: [each for value in values for each in _per_frame(value, name)]
+                for name in self._inputs
+            }
+        else:
+            self._feed = {name: [value[name] for value in values] for name in self._inputs}
         views = [from_dlpack(view.as_tensor()) for view in self._pipeline.run()]
+        if self._images:
+            views = [self._clips(view, values) for view in views]
         if len(views) == 1:
             return views[0].unsqueeze(1)  # [N, 1, F, size, size, 3]
         return torch.stack(views, dim=1)  # [N, views, F, size, size, 3]
+
+    def _clips(self, frames: torch.Tensor, values: Sequence[dict[str, Any]]) -> torch.Tensor:
+        """[N, F, size, size, 3] of the different frames of all samples."""
+        if self._gather:
+            starts = np.cumsum([0, *(len(value["encoded"]) for value in values)])
+            pairs = zip(starts, values, strict=False)
+            index = np.concatenate([start + value["gather"] for start, value in pairs])
+            frames = frames[torch.from_numpy(index)]
+        return frames.reshape(len(values), -1, *frames.shape[1:])
 
     def close(self) -> None:
         """Release the pipeline (it and this object refer to each other) and the threads."""
@@ -149,5 +176,15 @@ class DaliVideo:
         if self._read_frames is not None:
             decoded = self._read_frames(replace(sample, frame_indices=unique))
             return {**values, "decoded": decoded}
+        if self._images:
+            contents = read_encoded(sample.path, sample.info, unique.tolist())
+            return {**values, "encoded": [np.frombuffer(each, np.uint8) for each in contents]}
         encoded, frames = trimmed_stream(sample, unique)
         return {**values, "encoded": encoded, "frames": frames}
+
+
+def _per_frame(values: dict[str, Any], name: str) -> list[Any]:
+    """A sample's input for each of its frames."""
+    if name == "encoded":
+        return list(values[name])
+    return [values[name]] * len(values["encoded"])

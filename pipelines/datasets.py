@@ -1,10 +1,13 @@
 """From the `data` section to the videos of both splits: lists, class folders, generated sets."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.annotations import VideoRecord, VideoSet, read_class_names, read_list
+import numpy as np
+
+from pipelines.annotations import VideoSet, read_class_names, read_list
 from pipelines.config import DataConfig
 from pipelines.errors import AnnotationError, DataError
 
@@ -13,7 +16,7 @@ VIDEO_SUFFIXES = frozenset(
 )
 
 
-_Splits = tuple[tuple[VideoRecord, ...], tuple[VideoRecord, ...], tuple[str, ...]]
+_Splits = tuple[VideoSet, VideoSet, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,9 @@ class Dataset:
 
     cache_dir: Path
     """Where the media index is kept."""
+
+    frame_name: str = ""
+    """Names of the files in folders of frames; "" = as in the first folder."""
 
     @property
     def num_classes(self) -> int:
@@ -53,7 +59,7 @@ def open_dataset(data: DataConfig, *, progress: bool = True) -> Dataset:
         DataError: a list, or the folder, that cannot be used.
     """
     train, val, class_names = _splits(data, progress)
-    return Dataset(VideoSet(train), VideoSet(val), class_names, data.resolved_cache_dir())
+    return Dataset(train, val, class_names, data.resolved_cache_dir(), data.frame_name)
 
 
 def _splits(data: DataConfig, progress: bool) -> _Splits:
@@ -86,24 +92,26 @@ def _from_lists(
             root=root,
             num_classes=len(names),
             allow_outside_root=data.allow_outside_root,
+            kind=data.kind,
         )
         for path in (train_list, val_list)
     )
     if not names:
-        largest = max(train, key=lambda record: record.label)
-        if largest.label >= max(len(train), 1000):  # a slip of the pen, not a class count
+        largest = int(np.argmax(train.labels))
+        count = int(train.labels[largest]) + 1
+        if count > max(len(train), 1000):  # a slip of the pen, not a class count
             raise AnnotationError(
                 train_list,
-                f"label {largest.label} of '{largest.name}' with only {len(train)} videos; give "
+                f"label {count - 1} of '{train[largest].name}' with only {len(train)} videos; give "
                 "--data.num_classes if this is meant.",
             )
-        names = _numbered(largest.label + 1)
-        beyond = next((record for record in val if record.label >= len(names)), None)
-        if beyond:
+        names = _numbered(count)
+        beyond = int(np.argmax(val.labels))
+        if val.labels[beyond] >= count:
             raise AnnotationError(
                 val_list,
-                f"label {beyond.label} of '{beyond.name}' does not occur in {train_list} (labels "
-                f"below {len(names)}); give --data.num_classes if this is meant.",
+                f"label {val.labels[beyond]} of '{val[beyond].name}' does not occur in "
+                f"{train_list} (labels below {count}); give --data.num_classes if this is meant.",
             )
     return train, val, names
 
@@ -132,17 +140,20 @@ def _from_folders(root: Path, data: DataConfig, classes_file: Path | None) -> _S
         raise AnnotationError(
             train_root, f"expected {data.num_classes} classes (data.num_classes), got {len(names)}."
         )
-    train = _class_folder_records(root, train_root, names)
+    train = _class_folder_rows(root, train_root, names, data.kind)
     if split_folders:
-        val = _class_folder_records(root, root / "val", names)
+        val = _class_folder_rows(root, root / "val", names, data.kind)
     else:
         val = _held_out(train, data.val_fraction)
         held_out = set(val)
-        train = tuple(record for record in train if record not in held_out)
-    for split, records in (("training", train), ("validation", val)):
-        if not records:
-            raise DataError(f"{root}: no {split} video; expected files like <class>/<clip>.mp4.")
-    return train, val, names
+        train = [row for row in train if row not in held_out]
+    for split, rows in (("training", train), ("validation", val)):
+        if not rows:
+            raise DataError(
+                f"{root}: no {split} video; expected files like <class>/<clip>.mp4, or folders of "
+                "frames <class>/<clip>/."
+            )
+    return VideoSet(root, train), VideoSet(root, val), names
 
 
 def _subfolders(folder: Path) -> tuple[str, ...]:
@@ -150,29 +161,40 @@ def _subfolders(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(entry.name for entry in entries if entry.is_dir()))
 
 
-def _class_folder_records(
-    root: Path, folder: Path, names: tuple[str, ...]
-) -> tuple[VideoRecord, ...]:
+def _class_folder_rows(
+    root: Path, folder: Path, names: tuple[str, ...], kind: str
+) -> list[tuple[str, int]]:
     unknown = sorted(set(_subfolders(folder)) - set(names))
     if unknown:
         raise AnnotationError(folder, f"the class folder '{unknown[0]}' is not among the classes.")
-    records = []
+    rows = {"videos": [], "frames": []}  # type: dict[str, list[tuple[str, int]]]
     for label, class_name in enumerate(names):
         class_folder = folder / class_name
-        files = sorted(class_folder.iterdir()) if class_folder.is_dir() else []
-        for path in files:
-            if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith("."):
-                name = path.relative_to(root).as_posix()
-                records.append(VideoRecord(name, path, label))
-    return tuple(records)
+        if not class_folder.is_dir():
+            continue
+        for name in sorted(os.listdir(class_folder)):
+            path = class_folder / name
+            row = (path.relative_to(root).as_posix(), label)
+            if name.startswith("."):
+                continue
+            if path.suffix.lower() in VIDEO_SUFFIXES:
+                rows["videos"].append(row)
+            elif path.is_dir():
+                rows["frames"].append(row)
+    if kind == "auto" and rows["videos"] and rows["frames"]:
+        raise DataError(
+            f"{folder}: both video files (e.g. {rows['videos'][0][0]}) and folders (e.g. "
+            f"{rows['frames'][0][0]}); pass --data.kind=videos or frames."
+        )
+    return rows[kind] if kind != "auto" else rows["videos"] or rows["frames"]
 
 
-def _held_out(records: tuple[VideoRecord, ...], fraction: float) -> tuple[VideoRecord, ...]:
+def _held_out(rows: list[tuple[str, int]], fraction: float) -> list[tuple[str, int]]:
     """A share of each class, chosen by a hash of the names; at least one of two or more."""
     chosen = []
-    for label in sorted({record.label for record in records}):
-        members = [record for record in records if record.label == label]
+    for label in sorted({label for _, label in rows}):
+        members = [row for row in rows if row[1] == label]
         count = min(max(1, round(len(members) * fraction)), len(members) - 1)
-        members.sort(key=lambda record: hashlib.sha256(record.name.encode()).digest())
+        members.sort(key=lambda row: hashlib.sha256(row[0].encode()).digest())
         chosen += members[:count]
-    return tuple(sorted(chosen, key=lambda record: (record.label, record.name)))
+    return sorted(chosen, key=lambda row: (row[1], row[0]))

@@ -1,4 +1,4 @@
-"""Exact frames of a video through PyAV, decoding only the packets they need."""
+"""Exact frames of a video: through PyAV, decoding only the packets they need, or Pillow."""
 
 import logging
 from collections import Counter
@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import MediaError
+from pipelines.images import read_images
 from pipelines.media import open_decoder, open_video
 from pipelines.packets import PacketTable, read_packets
 from pipelines.source import Sample
@@ -26,7 +27,7 @@ def read_frames(sample: Sample, counts: Counter[str] | None = None) -> RGB:
     Args:
         sample: what to read.
         counts: "trimmed" or "whole" is raised by one: whether the packet table was enough, or the
-            file was decoded from its start.
+            file was decoded from its start. Folders of frames are not counted.
 
     Returns:
         [F, H, W, 3] uint8 RGB, frame k being `sample.frame_indices[k]`.
@@ -36,6 +37,9 @@ def read_frames(sample: Sample, counts: Counter[str] | None = None) -> RGB:
     """
     unique, gather = np.unique(sample.frame_indices, return_inverse=True)
     wanted = [int(index) for index in unique]
+    if sample.info.kind.frame_name:
+        images = read_images(sample.path, sample.info, wanted)
+        return images if np.array_equal(unique, sample.frame_indices) else images[gather]
     frames = None
     if sample.info.packets is not None:
         frames = _read_spans(sample, sample.info.packets, wanted)

@@ -78,12 +78,12 @@ def build_loader(
             f"the training set has {len(videos)} videos, fewer than one global batch "
             f"({global_batch}); lower train.global_batch and train.micro_batch, or add videos."
         )
-    paths = [record.path for record in videos.records]
     infos = index_videos(
-        paths,
+        videos,
         cache_dir=dataset.cache_dir,
         threads=loader.resolved_threads(),
         progress=rank == 0,
+        frame_name=dataset.frame_name,
     )
     source = SampleSource(
         videos,
@@ -268,10 +268,12 @@ class Loader:
             return PyavVideo(threads=self._threads, size=size, antialias=antialias)
         return DaliVideo(
             max_samples=self._group * self._micro_batch,
+            max_frames=self._source.max_frames,
             threads=self._threads,
             size=size,
             antialias=antialias,
             read_frames=read_frames if self._backend == "pyav" else None,
+            images=self._source.infos.are_frames,
             steps=self._source.steps,
         )
 
@@ -302,7 +304,7 @@ def _choose_decoder(source: SampleSource, config: LoaderConfig, dali: bool) -> t
 def _dali_problems(source: SampleSource) -> Iterator[tuple[str, str]]:
     for kind, index in source.infos.kinds:
         if reason := kind.dali_cpu_problem:
-            yield str(source.videos.records[index].path), reason
+            yield str(source.videos[index].path), reason
 
 
 def _dali_installed() -> bool:
@@ -313,10 +315,11 @@ def _dali_installed() -> bool:
 
 
 def _name_culprit(samples: Sequence[Sample], error: RuntimeError) -> DataError:
-    """DALI fails for a whole group without naming the file: find it with PyAV."""
+    """DALI fails for a whole group without naming the file: find it with PyAV or Pillow."""
     for sample in samples:
         try:
-            probe(sample.path)
+            if not sample.info.kind.frame_name:
+                probe(sample.path)
             read_frames(sample)
         except MediaError as found:
             return found

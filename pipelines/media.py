@@ -48,9 +48,14 @@ class StreamKind:
     """Whether a part of the stream can be given to a decoder that reads from the start. Not with
     open GOPs: decoders differ in what they return around a keyframe in their midst."""
 
+    frame_name: str = ""
+    """Names of the files in a folder of frames, e.g. "img_{:05d}.jpg"; "" = a video file."""
+
     @property
     def dali_cpu_problem(self) -> str | None:
         """Why DALI cannot decode such a file on the CPU, or None."""
+        if self.frame_name:
+            return None
         if self.codec not in _DALI_CPU_CODECS:
             return f"DALI does not decode {self.codec} on the CPU"
         if not {"matroska", "mp4", "avi"} & set(self.container.split(",")):
@@ -73,6 +78,9 @@ class MediaInfo:
     size_bytes: int
     packets: PacketTable | None
     """None: packets do not tell where to find a frame; the file is decoded from its start."""
+
+    first_number: int = 0
+    """Number in the file name of frame 0 of a folder of frames."""
 
 
 def open_video(path: Path) -> Any:

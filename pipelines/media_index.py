@@ -21,13 +21,15 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from pipelines.annotations import VideoRecord, VideoSet
 from pipelines.cache import locked, replace_bytes
 from pipelines.errors import DataError, MediaError
+from pipelines.images import find_frame_name, probe_frames
 from pipelines.media import MediaInfo, StreamKind, probe
 from pipelines.packets import PacketTable
 
 _LOG = logging.getLogger(__name__)
-_MAGIC = b"accel media index 2\n"
+_MAGIC = b"accel media index 3\n"
 _ROW = np.dtype(
     [
         ("path", "<u8"),  # hash of the path
@@ -37,6 +39,7 @@ _ROW = np.dtype(
         ("width", "<i4"),
         ("height", "<i4"),
         ("kind", "<i4"),
+        ("first_number", "<i4"),
         ("table_at", "<i8"),  # from the start of the tables
         ("table_bytes", "<i4"),  # 0 = none
     ]
@@ -44,6 +47,10 @@ _ROW = np.dtype(
 _STAMPS_CHECKED = 100_000
 """Larger sets are not looked at file by file when a run starts: a file that has changed is found
 when it is read."""
+
+
+# What is known of each path (by hash), and the time stamp that goes with it.
+_Results = dict[int, tuple[MediaInfo, int]]
 
 
 class MediaIndex(Sequence[MediaInfo]):
@@ -64,7 +71,8 @@ class MediaIndex(Sequence[MediaInfo]):
     def __getitem__(self, index: int | slice) -> MediaInfo | list[MediaInfo]:
         if isinstance(index, slice):
             return [self[k] for k in range(*index.indices(len(self)))]
-        _, size_bytes, _, num_frames, width, height, kind, place, count = self._rows[index].item()
+        row = self._rows[index].item()
+        _, size_bytes, _, num_frames, width, height, kind, first_number, place, count = row
         table = None
         if count:
             packed = os.pread(self._handle.fileno(), count, self._tables_at + place)
@@ -73,7 +81,8 @@ class MediaIndex(Sequence[MediaInfo]):
             except (zlib.error, ValueError) as error:
                 problem = f"{self._path}: the media index is damaged ({error}); delete it."
                 raise DataError(problem) from error
-        return MediaInfo(self._kinds[kind], width, height, num_frames, size_bytes, table)
+        facts = (width, height, num_frames, size_bytes, table, first_number)
+        return MediaInfo(self._kinds[kind], *facts)
 
     @property
     def num_frames(self) -> npt.NDArray[np.int32]:
@@ -87,6 +96,11 @@ class MediaIndex(Sequence[MediaInfo]):
         both = self._rows["width"].astype(np.int64) << 32 | self._rows["height"]
         return [(size >> 32, size & 0xFFFFFFFF) for size in np.unique(both).tolist()]
 
+    @property
+    def are_frames(self) -> bool:
+        """Whether the videos are folders of frames."""
+        return any(kind.frame_name for kind, _ in self.kinds)
+
     @functools.cached_property
     def kinds(self) -> list[tuple[StreamKind, int]]:
         """The different kinds, and one video of each."""
@@ -96,22 +110,33 @@ class MediaIndex(Sequence[MediaInfo]):
 
 
 def index_videos(
-    paths: Sequence[Path], *, cache_dir: Path, threads: int, progress: bool = True
+    videos: VideoSet,
+    *,
+    cache_dir: Path,
+    threads: int,
+    progress: bool = True,
+    frame_name: str = "",
 ) -> MediaIndex:
-    """The index of every file, in order; from the cache where size and time are unchanged.
+    """The index of every video, in order; from the cache where size and time are unchanged.
+
+    Args:
+        videos: files, or folders of frames.
+        cache_dir: where indices are kept.
+        threads: that open files.
+        progress: show a bar, if stderr is a terminal.
+        frame_name: names of the files in folders of frames; "" = as in the first folder.
 
     Raises:
         MediaError: one file cannot be used.
         DataError: several cannot; the message counts them and names the first three.
     """
-    names = [os.fspath(path) for path in paths]
-    joined = "\0".join(names).encode("utf-8", "surrogateescape")
-    cache_path = cache_dir / "media" / f"{hashlib.sha256(joined).hexdigest()}.index"
+    name = hashlib.sha256(f"{videos.digest} {frame_name}".encode()).hexdigest()
+    cache_path = cache_dir / "media" / f"{name}.index"
     with locked(cache_path.with_suffix(".lock")):  # other ranks wait for the first one's work
-        cached = _read(cache_path, len(names))
-        if cached is None or (len(names) <= _STAMPS_CHECKED and _changed(cached[0], names)):
-            _probe_missing(names, cached, cache_path, threads, progress)
-            cached = _read(cache_path, len(names))
+        cached = _read(cache_path, len(videos))
+        if cached is None or (len(videos) <= _STAMPS_CHECKED and _changed(cached[0], videos)):
+            _probe_missing(videos, cached, cache_path, threads, progress, frame_name)
+            cached = _read(cache_path, len(videos))
             assert cached is not None
         return MediaIndex(cache_path, *cached)
 
@@ -124,42 +149,48 @@ def _stamp(name: str) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _changed(rows: npt.NDArray[Any], names: Sequence[str]) -> bool:
+def _changed(rows: npt.NDArray[Any], videos: VideoSet) -> bool:
     stamps = zip(rows["size_bytes"].tolist(), rows["time_ns"].tolist(), strict=True)
-    return any(_stamp(name) != stamp for name, stamp in zip(names, stamps, strict=True))
+    pairs = zip(videos, stamps, strict=True)
+    return any(_stamp(os.fspath(record.path)) != stamp for record, stamp in pairs)
 
 
-def _path_hash(name: str) -> int:
-    encoded = name.encode("utf-8", "surrogateescape")
+def _path_hash(record: VideoRecord) -> int:
+    facts = f"{record.path} {record.num_frames} {record.offset}"
+    encoded = facts.encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little")
 
 
 def _probe_missing(
-    names: Sequence[str],
+    videos: VideoSet,
     cached: tuple[npt.NDArray[Any], list[StreamKind]] | None,
     cache_path: Path,
     threads: int,
     progress: bool,
+    frame_name: str,
 ) -> None:
     """Write an index of all files; those known under the same size and time are not opened."""
     known = dict(_known(cache_path, cached))
-    unique = dict.fromkeys(names)
-    results: dict[str, tuple[MediaInfo, int]] = {}
-    for name in unique:
-        stamp = _stamp(name)
-        info = known.get((_path_hash(name), *stamp)) if known else None
+    results: _Results = {}
+    missing: dict[int, VideoRecord] = {}
+    for record in videos:
+        key = _path_hash(record)
+        stamp = _stamp(os.fspath(record.path))
+        info = known.get((key, *stamp)) if known else None
         if info is not None:
-            results[name] = (info, stamp[1])
-    missing = [name for name in unique if name not in results]
-    _LOG.info("indexing %d of %d video files", len(missing), len(names))
-    failures = _probe_all(missing, results, threads, progress)
-    if not failures:
-        _write(cache_path, names, results)
-    else:
-        usable = [name for name in unique if name in results]
-        _write(cache_path.with_suffix(".partial"), usable, results)
-        _raise_failures(failures, len(names))
-    cache_path.with_suffix(".partial").unlink(missing_ok=True)
+            results[key] = (info, stamp[1])
+        else:
+            missing[key] = record
+    _LOG.info("indexing %d of %d videos", len(missing), len(videos))
+    if not frame_name and any(record.path.is_dir() for record in videos[:1]):
+        frame_name = find_frame_name(videos[0].path)
+    failures = _probe_all(missing, results, threads, progress, frame_name)
+    partial = cache_path.with_suffix(".partial")
+    if failures:
+        _write(partial, list(results), results)
+        _raise_failures(failures, len(videos))
+    _write(cache_path, [_path_hash(record) for record in videos], results)
+    partial.unlink(missing_ok=True)
 
 
 def _known(
@@ -175,26 +206,32 @@ def _known(
 
 
 def _probe_all(
-    names: list[str], results: dict[str, tuple[MediaInfo, int]], threads: int, progress: bool
+    missing: dict[int, VideoRecord],
+    results: _Results,
+    threads: int,
+    progress: bool,
+    frame_name: str,
 ) -> list[MediaError]:
     failures = []
 
-    def attempt(name: str) -> tuple[MediaInfo, int] | MediaError:
-        time_ns = _stamp(name)[1]  # before the file is read: a later change is seen
+    def attempt(record: VideoRecord) -> tuple[MediaInfo, int] | MediaError:
+        time_ns = _stamp(os.fspath(record.path))[1]  # before the file is read: later ones are seen
         try:
-            return probe(Path(name)), time_ns
+            if frame_name:
+                return probe_frames(record, frame_name), time_ns
+            return probe(record.path), time_ns
         except MediaError as error:
             return error
 
     hidden = not progress or not sys.stderr.isatty()
     with ThreadPoolExecutor(threads, thread_name_prefix="accel-index") as pool:
-        outcomes = pool.map(attempt, names)
-        bar = tqdm(outcomes, total=len(names), desc="indexing", unit="file", disable=hidden)
-        for name, outcome in zip(names, bar, strict=True):
+        outcomes = pool.map(attempt, missing.values())
+        bar = tqdm(outcomes, total=len(missing), desc="indexing", unit="file", disable=hidden)
+        for key, outcome in zip(missing, bar, strict=True):
             if isinstance(outcome, MediaError):
                 failures.append(outcome)
             else:
-                results[name] = outcome
+                results[key] = outcome
     return failures
 
 
@@ -207,30 +244,29 @@ def _raise_failures(failures: list[MediaError], total: int) -> None:
         raise DataError(f"{len(failures)} of {total} videos cannot be used: {named}{more}")
 
 
-def _write(path: Path, names: Sequence[str], results: dict[str, tuple[MediaInfo, int]]) -> None:
+def _write(path: Path, keys: Sequence[int], results: _Results) -> None:
     """Magic, place of the tables (8 bytes), kinds as JSON, rows, tables."""
-    rows = np.zeros(len(names), _ROW)
+    rows = np.zeros(len(keys), _ROW)
     kinds: dict[StreamKind, int] = {}
     tables: list[bytes] = []
     place = 0
-    written: dict[str, Any] = {}
-    for number, name in enumerate(names):
-        if name not in written:
-            info, time_ns = results[name]
+    written: dict[int, Any] = {}
+    for number, key in enumerate(keys):
+        if key not in written:
+            info, time_ns = results[key]
             packed = info.packets.pack() if info.packets else b""
             tables.append(packed)
             kind = kinds.setdefault(info.kind, len(kinds))
-            size = (info.num_frames, info.width, info.height)
-            stamp = (info.size_bytes, time_ns)
-            written[name] = (_path_hash(name), *stamp, *size, kind, place, len(packed))
+            facts = (info.num_frames, info.width, info.height, kind, info.first_number)
+            written[key] = (key, info.size_bytes, time_ns, *facts, place, len(packed))
             place += len(packed)
-        rows[number] = written[name]
-    facts = {
+        rows[number] = written[key]
+    head_facts = {
         "rows": len(rows),
         "checksum": zlib.crc32(rows.tobytes()),
         "kinds": [astuple(k) for k in kinds],
     }
-    head = json.dumps(facts).encode() + b"\n"
+    head = json.dumps(head_facts).encode() + b"\n"
     tables_at = len(_MAGIC) + 8 + len(head) + rows.nbytes
     replace_bytes(path, [_MAGIC, tables_at.to_bytes(8, "little"), head, rows.tobytes(), *tables])
 

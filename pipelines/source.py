@@ -115,7 +115,7 @@ class SampleSource:
     def sample(self, epoch: int, position: int) -> Sample:
         """The sample at a position of the epoch's order; validation keeps the list's order."""
         sample_id = int(self._order(epoch)[position]) if self._training else position
-        record, info = self.videos.records[sample_id], self.infos[sample_id]
+        record, info = self.videos[sample_id], self.infos[sample_id]
         if not self._training:
             clips = self._clips.test(info.num_frames, sample_id)  # [K, T * L]
             views = self._test_views(info)
@@ -129,6 +129,11 @@ class SampleSource:
             rng = generator(self._seed, Purpose.COLOR, epoch, sample_id)
             colors = draw_jitter(len(indices), rng)
         return Sample(sample_id, record.path, indices, (view,), label, info, colors)
+
+    @property
+    def max_frames(self) -> int:
+        """Most different frames of a sample."""
+        return self.num_clips * self._clips.num_frames
 
     @property
     def num_views(self) -> int:
@@ -194,7 +199,7 @@ def _refuse_short_videos(
     else:
         what, remedy = f"a snippet = {needed}", "or choose another sampling.kind"
     short = [
-        f"{videos.records[index].path} ({infos.num_frames[index]})"
+        f"{videos[index].path} ({infos.num_frames[index]})"
         for index in np.flatnonzero(infos.num_frames < needed).tolist()
     ]
     if short:

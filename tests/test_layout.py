@@ -32,6 +32,7 @@ ONLY_IN = {
     "nvtx": ["accel/engine/timing.py"],
     "pynvml": ["accel/engine/gpu_sampling.py", "accel/cli/doctor.py"],
     "av": ["pipelines/*.py"],
+    "PIL": ["pipelines/images.py"],
 }
 
 
@@ -119,7 +120,8 @@ def test_importing_the_packages_needs_no_gpu_dali_decoder_or_extension():
 import importlib.abc, sys
 class Refuse(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("nvidia", "av", "jsonargparse", "matplotlib", "nvtx", "pynvml"):
+        libraries = ("nvidia", "av", "PIL", "jsonargparse", "matplotlib", "nvtx", "pynvml")
+        if name.split(".")[0] in libraries:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Refuse())
 import torch

@@ -1,5 +1,6 @@
 """Synthetic videos whose pixels say which frame of which video they are."""
 
+import os
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -7,8 +8,9 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
-from pipelines.annotations import VideoRecord, VideoSet
+from pipelines.annotations import VideoSet
 from pipelines.datasets import Dataset
 
 _BITS = 18  # 8 of the video, 10 of the frame
@@ -78,12 +80,37 @@ def make_video(tmp_path: Path) -> MakeVideo:
 
 
 @pytest.fixture
+def make_frames(tmp_path: Path) -> Callable[..., Path]:
+    """Write a folder of coded frames: make_frames("a", num_frames=9, frame_name=..., ...)."""
+
+    def make(
+        name: str,
+        *,
+        num_frames: int = 12,
+        video: int = 0,
+        frame_name: str = "{:05d}.jpg",
+        first: int = 1,
+        width: int = WIDTH,
+        height: int = HEIGHT,
+        mode: str = "RGB",
+    ) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        for index in range(num_frames):
+            image = Image.fromarray(coded_frame(video, index, width, height)).convert(mode)
+            image.save(folder / frame_name.format(first + index), quality=90)
+        return folder
+
+    return make
+
+
+@pytest.fixture
 def make_dataset(tmp_path: Path) -> Callable[[Sequence[Path]], Dataset]:
     """A Dataset whose two splits both hold the given files, with labels 0, 1, 2, 0, ..."""
 
     def make(paths: Sequence[Path]) -> Dataset:
-        records = tuple(VideoRecord(path.name, path, k % 3) for k, path in enumerate(paths))
-        videos = VideoSet(records)
+        names = [os.path.relpath(path, tmp_path) for path in paths]
+        videos = VideoSet(tmp_path, [(name, k % 3) for k, name in enumerate(names)])
         return Dataset(videos, videos, ("a", "b", "c"), tmp_path / "cache")
 
     return make

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines.annotations import VideoRecord, VideoSet, format_list, read_class_names, read_list
+from pipelines.annotations import VideoSet, format_list, read_class_names, read_list
 from pipelines.config import DataConfig
 from pipelines.datasets import open_dataset
 from pipelines.errors import AnnotationError, DataError
@@ -35,7 +35,10 @@ def test_list_is_read(tmp_path: Path) -> None:
     ("content", "line", "part"),
     [
         (b"a.mp4 1\nb.mp4\n", 2, "got 1 fields"),
-        (b"a.mp4 48 1\n", 1, "got 3 fields"),
+        (b"a.mp4 1\nb.mp4 48 1\n", 2, "got 3 fields"),
+        (b"a 8 9 10 1\n", 1, "got 5 fields"),
+        (b"a 0 1\n", 1, "with >= 1 frames"),
+        (b"a x 8 1\n", 1, "<folder> <offset> <frames> <label>"),
         (b"a.mp4 1\nb.mp4 one\n", 2, "integer >= 0"),
         (b"a.mp4 -1\n", 1, "integer >= 0"),
         (b"a.mp4 1.5\n", 1, "integer >= 0"),
@@ -87,12 +90,12 @@ def test_only_annotation_errors(tmp_path: Path, content: bytes) -> None:
         return
     assert records and all(0 <= record.label < 5 for record in records)
     again = write(tmp_path, format_list(records).encode())
-    assert read_list(again, root=ROOT, num_classes=5) == records
+    assert list(read_list(again, root=ROOT, num_classes=5)) == list(records)
 
 
 def test_fingerprint_knows_names_labels_and_order_but_not_the_root() -> None:
     def videos(root: str, *items: tuple[str, int]) -> VideoSet:
-        return VideoSet(tuple(VideoRecord(name, Path(root, name), k) for name, k in items))
+        return VideoSet(Path(root), items)
 
     base = videos("/a", ("x", 0), ("y", 1)).fingerprint
     assert videos("/b", ("x", 0), ("y", 1)).fingerprint == base
@@ -118,11 +121,11 @@ def test_class_folders_with_splits(tmp_path: Path) -> None:
     touch(tmp_path, "train/b/1.mp4", "train/a/2.webm", "train/a/notes.txt", "val/b/3.avi")
     dataset = open_dataset(DataConfig(root=str(tmp_path)))
     assert dataset.class_names == ("a", "b")
-    assert [(r.name, r.label) for r in dataset.train.records] == [
+    assert [(r.name, r.label) for r in dataset.train] == [
         ("train/a/2.webm", 0),
         ("train/b/1.mp4", 1),
     ]
-    assert [r.label for r in dataset.val.records] == [1]
+    assert [r.label for r in dataset.val] == [1]
     touch(tmp_path, "val/c/4.mp4")
     with pytest.raises(AnnotationError, match="'c' is not among the classes"):
         open_dataset(DataConfig(root=str(tmp_path)))
@@ -131,9 +134,9 @@ def test_class_folders_with_splits(tmp_path: Path) -> None:
 def test_class_folders_are_split_by_name(tmp_path: Path) -> None:
     touch(tmp_path, *(f"{name}/{k}.mp4" for name in "ab" for k in range(10)), "c/0.mp4")
     dataset = open_dataset(DataConfig(root=str(tmp_path), val_fraction=0.3))
-    assert [sum(r.label == k for r in dataset.val.records) for k in range(3)] == [3, 3, 0]
+    assert [sum(r.label == k for r in dataset.val) for k in range(3)] == [3, 3, 0]
     assert len(dataset.train) == 15
-    assert not {r.name for r in dataset.train.records} & {r.name for r in dataset.val.records}
+    assert not {r.name for r in dataset.train} & {r.name for r in dataset.val}
     assert open_dataset(DataConfig(root=str(tmp_path), val_fraction=0.3)) == dataset
 
 

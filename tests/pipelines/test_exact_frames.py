@@ -186,6 +186,7 @@ def test_dali_decodes_the_same_frames(
     uncut = replace(info, kind=replace(info.kind, trimmable=False))
     decoder = DaliVideo(
         max_samples=2,
+        max_frames=8,
         threads=1,
         size=64,
         antialias=True,

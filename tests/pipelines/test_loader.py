@@ -323,7 +323,7 @@ def test_file_damaged_during_the_run_is_named(
 ) -> None:
     loader = open_loader(dataset, "val", decoder=decoder)
     good = list(loader.epoch(0))
-    path = dataset.val.records[7].path
+    path = dataset.val[7].path
     content = path.read_bytes()
     fault(path)
     with pytest.raises(MediaError, match=r"7\.webm"):

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import av
@@ -12,9 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipelines import media_index
+from pipelines.annotations import VideoSet
 from pipelines.errors import DataError, MediaError
 from pipelines.media import MediaInfo, probe
-from pipelines.media_index import index_videos
+from pipelines.media_index import MediaIndex, index_videos
+
+
+def index(paths: Sequence[Path], cache: Path, threads: int = 2) -> MediaIndex:
+    videos = VideoSet(Path("/"), [(str(path), 0) for path in paths])
+    return index_videos(videos, cache_dir=cache, threads=threads)
+
 
 MakeVideo = Callable[..., Path]
 HMDB = Path(__file__).parents[1] / "data" / "hmdb51"
@@ -117,27 +124,27 @@ def test_index_is_cached_by_size_and_time(
     paths = [make_video(f"{k}.webm", num_frames=10 + k) for k in range(3)]
     paths.append(paths[0])
     cache = tmp_path / "cache"
-    first = index_videos(paths, cache_dir=cache, threads=2)
+    first = index(paths, cache, 2)
     assert first.num_frames.tolist() == [10, 11, 12, 10]
     assert first.sizes == [(96, 64)]
     assert [kind.codec for kind, _ in first.kinds] == ["vp9"]
 
     probed = []
     monkeypatch.setattr(media_index, "probe", lambda path: probed.append(path) or probe(path))
-    again = index_videos(paths, cache_dir=cache, threads=2)
+    again = index(paths, cache, 2)
     assert [facts(info) for info in again] == [facts(probe(path)) for path in paths]
     assert probed == []
     make_video("1.webm", num_frames=15)
-    changed = index_videos(paths, cache_dir=cache, threads=2)
+    changed = index(paths, cache, 2)
     assert probed == [paths[1]] and changed[1].num_frames == 15
     paths[2].unlink()
     make_video("0.webm", num_frames=9)
     probed.clear()
     with pytest.raises(MediaError, match=r"2\.webm"):
-        index_videos(paths, cache_dir=cache, threads=2)
+        index(paths, cache, 2)
     make_video("2.webm", num_frames=8)
     probed.clear()
-    repaired = index_videos(paths, cache_dir=cache, threads=2)
+    repaired = index(paths, cache, 2)
     assert probed == [paths[2]] and repaired.num_frames.tolist() == [9, 15, 8, 9]
 
 
@@ -177,23 +184,23 @@ def test_damaged_cache_is_rebuilt(
 ) -> None:
     cache = tmp_path / "cache"
     paths = [make_video("a.mp4", codec="libx264", times=[0, 1, 2, 5, 9], num_frames=5)] * 9
-    first = [facts(info) for info in index_videos(paths, cache_dir=cache, threads=1)]
+    first = [facts(info) for info in index(paths, cache, 1)]
     (file,) = cache.rglob("*.index")
     file.write_bytes(damage(file.read_bytes()))
     with caplog.at_level(logging.WARNING):
-        again = index_videos(paths, cache_dir=cache, threads=1)
+        again = index(paths, cache, 1)
     assert [facts(info) for info in again] == first
     assert "unreadable media index" in caplog.text
     assert not list(cache.rglob("*.tmp-*"))
 
 
 def test_damaged_packet_table_is_an_error(make_video: MakeVideo, tmp_path: Path) -> None:
-    index = index_videos([make_video("a.webm")], cache_dir=tmp_path, threads=1)
+    opened = index([make_video("a.webm")], tmp_path, 1)
     (file,) = tmp_path.rglob("*.index")
     content = file.read_bytes()
     file.write_bytes(content[:-9] + bytes(9))
     with pytest.raises(DataError, match=r"index is damaged .* delete it"):
-        index[0]
+        opened[0]
     with file.open("r+b") as handle:
         handle.write(content)
 
@@ -201,11 +208,11 @@ def test_damaged_packet_table_is_an_error(make_video: MakeVideo, tmp_path: Path)
 def test_several_failures_are_one_message(make_video: MakeVideo, tmp_path: Path) -> None:
     paths = [make_video("good.webm")] + [tmp_path / f"{k}.webm" for k in range(5)]
     with pytest.raises(MediaError, match=r"0\.webm"):
-        index_videos(paths[:2], cache_dir=tmp_path, threads=2)
+        index(paths[:2], tmp_path, 2)
     with pytest.raises(
         DataError, match=r"5 of 6 videos cannot be used: .*0\.webm.*2\.webm.*\.\.\."
     ):
-        index_videos(paths, cache_dir=tmp_path, threads=2)
+        index(paths, tmp_path, 2)
 
 
 @pytest.mark.parametrize("pattern", ["*.webm", "*.mp4", "*.avi"])
@@ -236,4 +243,4 @@ def test_damaged_files_are_indexed_or_refused(
 def test_cache_folder_that_cannot_be_written(make_video: MakeVideo, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"cache folder cannot be written.*--data\.cache_dir"):
-        index_videos([make_video("a.webm")], cache_dir=tmp_path / "file", threads=1)
+        index([make_video("a.webm")], tmp_path / "file", 1)

@@ -75,12 +75,12 @@ def test_set_is_complete_cached_and_deterministic(tmp_path: Path) -> None:
     )
     dataset = open_dataset(lists)
     assert dataset.class_names == CLASSES
-    assert [record.label for record in dataset.train.records] == [k % 8 for k in range(16)]
+    assert [record.label for record in dataset.train] == [k % 8 for k in range(16)]
     by_folder = open_dataset(DataConfig(root=str(root)))
     assert by_folder.class_names == CLASSES
-    labels = {record.name: record.label for record in by_folder.val.records}
-    assert labels == {record.name: record.label for record in dataset.val.records}
-    assert all(probe(record.path).kind.dali_cpu_problem is None for record in dataset.val.records)
+    labels = {record.name: record.label for record in by_folder.val}
+    assert labels == {record.name: record.label for record in dataset.val}
+    assert all(probe(record.path).kind.dali_cpu_problem is None for record in dataset.val)
 
 
 @pytest.mark.slow

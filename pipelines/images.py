@@ -1,0 +1,146 @@
+"""Folders of frames: what is in them, and their pixels through Pillow."""
+
+import os
+import re
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.annotations import VideoRecord
+from pipelines.errors import MediaError
+from pipelines.media import MediaInfo, StreamKind
+
+_NUMBERED = re.compile(r"(.*?)([0-9]+)(\.(?:jpe?g|png))", re.IGNORECASE)
+_HEAD_BYTES = 65_536  # a JPEG may begin with a preview image
+
+
+def find_frame_name(folder: Path) -> str:
+    """The names of the numbered images in a folder, e.g. "img_{:05d}.jpg".
+
+    Raises:
+        MediaError: there are none.
+    """
+    matches = filter(None, map(_NUMBERED.fullmatch, sorted(_listed(folder))))
+    first = next(matches, None)
+    if first is None:
+        problem = "expected numbered JPEG or PNG files, got none; pass --data.frame_name."
+        raise MediaError(folder, problem)
+    prefix, number, suffix = first.groups()
+    prefix = prefix.replace("{", "{{").replace("}", "}}")
+    return f"{prefix}{{:0{len(number)}d}}{suffix}"
+
+
+def probe_frames(record: VideoRecord, frame_name: str) -> MediaInfo:
+    """What is in a folder of frames: its first frame is opened, its last one must exist.
+
+    Without a listed number of frames, the numbers that follow one another are counted; they begin
+    at 1, or at 0 where there is a frame of that number.
+
+    Raises:
+        MediaError: the folder or a frame is missing, or the first frame is not an image.
+    """
+    folder = record.path
+    try:
+        size_bytes = folder.stat().st_size
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        problem = f"cannot be read: {reason}; check the list and data.root."
+        raise MediaError(folder, problem) from error
+    if not folder.is_dir():
+        problem = "expected a folder of frames, got a file; video lists are `<path> <label>`."
+        raise MediaError(folder, problem)
+    first = record.offset + 1
+    num_frames = record.num_frames
+    if not num_frames:
+        present = set(_listed(folder))
+        first = next((n for n in (0, 1) if frame_name.format(n) in present), first)
+        while frame_name.format(first + num_frames) in present:
+            num_frames += 1
+    for number in (first, first + max(num_frames, 1) - 1):
+        if not (folder / frame_name.format(number)).is_file():
+            names = _listed(folder)
+            raise MediaError(
+                folder,
+                f"expected {num_frames or 'some'} frames from {frame_name.format(first)}, but "
+                f"{frame_name.format(number)} is missing (the folder has {len(names)} files); "
+                "correct the list or pass --data.frame_name.",
+            )
+    path = folder / frame_name.format(first)
+    with path.open("rb") as handle:
+        codec, width, height = image_header(path, handle.read(_HEAD_BYTES))
+    kind = StreamKind(codec, "folder", "", 0, 2, True, False, frame_name)
+    return MediaInfo(kind, width, height, num_frames, size_bytes, None, first)
+
+
+def _listed(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise MediaError(folder, f"cannot be read: {reason}.") from error
+
+
+def image_header(path: Path, head: bytes) -> tuple[str, int, int]:
+    """("jpeg" or "png", width, height) from the first bytes of a file.
+
+    Raises:
+        MediaError: it is neither.
+    """
+    if head.startswith(b"\x89PNG\r\n\x1a\n") and len(head) >= 24:
+        return "png", *struct.unpack_from(">II", head, 16)
+    place = 2
+    while head.startswith(b"\xff\xd8") and place + 9 <= len(head) and head[place] == 0xFF:
+        marker, length = struct.unpack_from(">xBH", head, place)
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
+            height, width = struct.unpack_from(">HH", head, place + 5)
+            return "jpeg", width, height
+        place += 1 if marker == 0xFF else 2 + length
+    got = "0 bytes" if not head else "other content"
+    raise MediaError(path, f"expected a JPEG or PNG image, got {got}; copy or extract it again.")
+
+
+def read_encoded(folder: Path, info: MediaInfo, frames: Sequence[int]) -> list[bytes]:
+    """The files of these frames (0-based).
+
+    Raises:
+        MediaError: one cannot be read, is no image, or has another size than the first frame.
+    """
+    contents = []
+    for frame in frames:
+        path = folder / info.kind.frame_name.format(info.first_number + frame)
+        try:
+            contents.append(path.read_bytes())
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise MediaError(path, f"cannot be read: {reason}.") from error
+        _, width, height = image_header(path, contents[-1])
+        if (width, height) != (info.width, info.height):
+            wanted = f"{info.width} x {info.height} px as in the first frame of the folder"
+            raise MediaError(path, f"expected {wanted}, got {width} x {height}.")
+    return contents
+
+
+def read_images(folder: Path, info: MediaInfo, frames: Sequence[int]) -> npt.NDArray[np.uint8]:
+    """The pixels of these frames (0-based), [F, H, W, 3] uint8 RGB.
+
+    Raises:
+        MediaError: one cannot be read or decoded, or has another size than the first frame.
+    """
+    from io import BytesIO
+
+    from PIL import Image
+
+    pixels = np.empty((len(frames), info.height, info.width, 3), np.uint8)
+    contents = read_encoded(folder, info, frames)
+    for place, (frame, content) in enumerate(zip(frames, contents, strict=True)):
+        path = folder / info.kind.frame_name.format(info.first_number + frame)
+        try:
+            with Image.open(BytesIO(content), formats=("JPEG", "PNG")) as image:
+                decoded = np.asarray(image.convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise MediaError(path, f"cannot be decoded: {error}; extract it again.") from error
+        pixels[place] = decoded
+    return pixels
