@@ -136,7 +136,7 @@ def evaluate_protocols(
             protocols=(name,),
             num_views=wanted.num_clips * wanted.num_crops,
         )
-        labels = torch.tensor([record.label for record in dataset.val.records])
+        labels = torch.from_numpy(dataset.val.labels).long()
         scores = StoredScores(values, labels, facts)
         report = {
             "protocol": name,

@@ -58,7 +58,7 @@ def test_scores_are_the_mean_over_all_clips_and_crops(run, tmp_path):
     trainer.model.load_state_dict(target.state["model"])
     trainer.model.eval()
     loader = trainer.val_loader
-    for k, record in enumerate(trainer.dataset.val.records[:5]):
+    for k, record in enumerate(trainer.dataset.val[:5]):
         source = loader._source
         info = source.infos[k]
         frames = read_frames(
