@@ -38,14 +38,6 @@ class World:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag is set on any rank."""
-        if self.size == 1:
-            return flag
-        value = torch.tensor([float(flag)], device=device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value.item() > 0)
-
     def share(self, message: str | None) -> str | None:
         """Rank 0's message on every rank (None = all is well), so that nobody waits for it."""
         if self.size == 1:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from accel.engine.journal import Journal, Progress
+from accel.engine.timing import Readback
 from accel.errors import DivergedError
 
 MAX_SKIPPED_IN_A_ROW = 20
@@ -36,13 +37,15 @@ class StepRecorder:
         self._progress = progress
         self._scaler = scaler
         self._clips_per_step = clips_per_step
-        self._pending: collections.deque[tuple[dict[str, Any], Tensor]] = collections.deque()
+        self._pending: collections.deque[tuple[dict[str, Any], Readback]] = collections.deque()
+        self.stop_asked = False
+        """Whether any rank had a stop signal at the start of a step flushed so far."""
         self._skipped_in_a_row = 0
         self._step_s: list[float] = []
         self._wait_s: list[float] = []
 
     def add(self, facts: dict[str, Any], metrics: Tensor, *, step_s: float, wait_s: float) -> None:
-        """Take the facts and the device-side metrics ([3]: loss, gradient norm, skipped) of a step.
+        """Take the facts and the device-side metrics of a step, [4] as `TrainStep` gives them.
 
         Args:
             facts: at least `iteration` and `epoch` (both 0-based) and `lr`.
@@ -56,7 +59,7 @@ class StepRecorder:
         }
         self._step_s.append(step_s)
         self._wait_s.append(wait_s)
-        self._pending.append((facts, metrics))
+        self._pending.append((facts, Readback(metrics)))
 
     def flush(self) -> None:
         """Write all steps added so far.
@@ -67,7 +70,8 @@ class StepRecorder:
         """
         while self._pending:
             facts, metrics = self._pending.popleft()
-            loss, norm, skipped = metrics.tolist()
+            loss, norm, skipped, stops = metrics.values()
+            self.stop_asked |= stops > 0
             self._check_finite(facts["iteration"], loss, norm, bool(skipped))
             if self._journal is None:
                 continue

@@ -23,7 +23,10 @@ def seed_everything(seed: int, purpose: str, *counters: int) -> None:
     value = derive_seed(seed, purpose, *counters)
     random.seed(value)
     np.random.seed(value % 2**32)
-    torch.manual_seed(value)
+    # torch.manual_seed would also write down a stack trace for every device that is not in use.
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(value)
 
 
 def set_deterministic(enabled: bool) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from accel.engine.batchnorm import StepStatistics
 from accel.engine.distributed import World
 from accel.engine.optim import Optimizer
 from accel.engine.precision import Precision
@@ -79,54 +80,67 @@ class TrainStep:
         self._clip_norm = clip_norm
         self._seed = seed
         self._world = world
-        self._ranges = ranges
+        self.ranges = ranges
+        # Without a loss scaler a skipped step ends the run.
+        self._statistics = StepStatistics(model) if precision.scaler.is_enabled() else None
         self.data_wait = Stopwatch()
         self.underway = False
         """Between a step's first forward pass and its end: batch-norm statistics have moved on."""
 
-    def __call__(self, batches: Iterator[Batch], iteration: int) -> Tensor:
+    def __call__(self, batches: Iterator[Batch], iteration: int, *, stop: bool = False) -> Tensor:
         """One step on the next micro-batches.
 
         Args:
             batches: this rank's micro-batches, at the right position.
             iteration: 0-based; with the seed it fixes all random draws of the step (dropout).
+            stop: this process has been asked to stop; the ranks learn of it with the metrics.
 
         Returns:
-            [3] float32 on the device: mean loss over all clips of the step, total gradient norm
-            before clipping, and 1 where the update was skipped because that norm is not finite.
+            [4] float32 on the device: mean loss over all clips of the step, total gradient norm
+            before clipping, 1 where the update was skipped because that norm is not finite (batch
+            norm statistics are then as before), and the number of processes asked to stop.
         """
-        with self._ranges("step"):
-            return self._run(batches, iteration)
+        with self.ranges("step"):
+            return self._run(batches, iteration, stop)
 
-    def _run(self, batches: Iterator[Batch], iteration: int) -> Tensor:
-        loss_sum = torch.zeros((), device=self._precision.device)
+    def _run(self, batches: Iterator[Batch], iteration: int, stop: bool) -> Tensor:
+        # Filled on the device: a tensor made of host data would be a copy that waits.
+        totals = torch.zeros(2, device=self._precision.device)  # loss, stop
+        loss_sum = totals[0]
+        if stop:
+            totals[1].fill_(1)
+        if self._statistics is not None:
+            self._statistics.keep()
         for micro_step in range(self._accumulation):
-            with self._ranges("data wait"), self.data_wait.running():
+            with self.ranges("data wait"), self.data_wait.running():
                 batch = next(batches)
             self.underway = True
             last = micro_step == self._accumulation - 1
             seed_everything(self._seed, "forward", iteration, micro_step, self._world.rank)
             with self._without_sync(last):
                 loss = self._forward(batch) / self._accumulation
-                with self._ranges("backward"):
+                with self.ranges("backward"):
                     torch.autograd.backward(self._precision.scaler.scale(loss))
-            loss_sum += loss.detach().float()
-        with self._ranges("optimizer"):
+                    loss = loss.detach()  # the graph goes now
+            loss_sum += loss.float()
+        with self.ranges("optimizer"):
             norm, skipped = self._update()
+            if self._statistics is not None:
+                self._statistics.restore_if(skipped)
         self.underway = False
         if self._world.size > 1:
-            with self._ranges("all-reduce"):
-                self._world.sum_([loss_sum])
+            with self.ranges("all-reduce"):
+                self._world.sum_([totals])
             loss_sum /= self._world.size
-        return torch.stack([loss_sum, norm.float(), skipped])
+        return torch.stack([loss_sum, norm.float(), skipped, totals[1]])
 
     def _forward(self, batch: Batch) -> Tensor:
-        with self._ranges("ingest"):
+        with self.ranges("ingest"):
             frames = self._precision.network_input(batch.clips, batch.colors)
         with self._precision.autocast():
-            with self._ranges("forward"):
+            with self.ranges("forward"):
                 output = self._model(frames)
-            with self._ranges("loss"):
+            with self.ranges("loss"):
                 return training_loss(output, batch.labels)
 
     def _update(self) -> tuple[Tensor, Tensor]:

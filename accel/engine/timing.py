@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 RANGE_PREFIX = "accel::"
 """Before our ranges in traces of torch.profiler (in NVTX they have the domain accel)."""
@@ -67,6 +67,29 @@ class Ranges:
 
     def _leave(self) -> None:
         self._open.contexts.pop().__exit__(None, None, None)
+
+
+class Readback:
+    """Brings a small tensor to the host without waiting for what was launched after it.
+
+    Reading a tensor of the device at once would wait for everything in its stream, the step that
+    was launched meanwhile included. The copy is launched here, right behind the tensor's own work.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._done: Any = None
+        self._host = tensor
+        if tensor.device.type == "cuda":
+            self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._done.record()
+
+    def values(self) -> list[float]:
+        """The numbers; waits for the copy."""
+        if self._done is not None:
+            self._done.synchronize()
+        return [float(value) for value in self._host.tolist()]
 
 
 class Stopwatch:

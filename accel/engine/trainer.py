@@ -185,7 +185,7 @@ class Trainer:
         factor = lr_factor(self.recipe.schedule, iteration, self.train_loader.steps_per_epoch)
         lr = self.optimizer.set_lr(factor)
         with self.profiler.step():
-            metrics = self.step(batches, iteration)
+            metrics = self.step(batches, iteration, stop=self._stop.received is not None)
             with self.ranges("metrics"):
                 self._recorder.flush()  # the step before: the device is never idle meanwhile
         self.counters.iteration += 1
@@ -247,8 +247,12 @@ class Trainer:
         return best
 
     def _stop_if_asked(self) -> None:
-        """Save and raise when any rank has received a stop signal."""
-        if self.world.any(self._stop.received is not None, self.device):
+        """Save and raise when any rank has received a stop signal.
+
+        Several ranks learn of it together, when they read the metrics of the step that carried it.
+        """
+        own = self._stop.received is not None
+        if own if self.world.size == 1 else self._recorder.stop_asked:
             self._save(required=True)
             raise StopRequested(self._stop.received)
 

@@ -236,7 +236,7 @@ def _facts(iteration):
     return {"iteration": iteration, "epoch": 0, "lr": 0.1}
 
 
-@pytest.mark.parametrize("metrics", [[float("nan"), 1, 0], [1, float("inf"), 1]])
+@pytest.mark.parametrize("metrics", [[float("nan"), 1, 0, 0], [1, float("inf"), 1, 0]])
 def test_a_non_finite_step_ends_the_run(metrics):
     recorder = _recorder()
     recorder.add(_facts(3), torch.tensor(metrics), step_s=1, wait_s=0)
@@ -247,9 +247,9 @@ def test_a_non_finite_step_ends_the_run(metrics):
 def test_fp16_may_skip_but_not_for_ever():
     recorder = _recorder("fp16")
     for iteration in range(MAX_SKIPPED_IN_A_ROW - 1):
-        recorder.add(_facts(iteration), torch.tensor([1, float("inf"), 1]), step_s=1, wait_s=0)
+        recorder.add(_facts(iteration), torch.tensor([1, float("inf"), 1, 0]), step_s=1, wait_s=0)
     recorder.flush()
-    recorder.add(_facts(99), torch.tensor([1, float("inf"), 1]), step_s=1, wait_s=0.5)
+    recorder.add(_facts(99), torch.tensor([1, float("inf"), 1, 0]), step_s=1, wait_s=0.5)
     with pytest.raises(DivergedError, match="skipped steps in a row"):
         recorder.flush()
 
