@@ -19,7 +19,7 @@ ALLOWED = {
     "accel.models.amtnet": {"accel.models", "accel.detection.priors"},
     "accel.models.vgg_ssd": {"accel.models", "accel.detection.priors"},
     "accel.engine": {"accel", "pipelines", "kernels"},
-    "accel.cli": {"accel", "pipelines.errors", "kernels"},
+    "accel.cli": {"accel", "pipelines", "kernels"},
     "accel": {"accel"},
     "train": {"accel.cli"},
 }

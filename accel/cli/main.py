@@ -4,13 +4,14 @@ import sys
 from collections.abc import Callable, Sequence
 
 import accel
-from accel.cli import convert, doctor, evaluate, models, recipes, train
+from accel.cli import convert, data, doctor, evaluate, models, recipes, train
 from accel.cli.rendering import run_guarded
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train.main, "train and evaluate a recipe (the same as train.py)"),
     "evaluate": (evaluate.main, "test a trained network with several views, store its scores"),
     "ensemble": (evaluate.ensemble_main, "add stored scores of several models"),
+    "data": (data.main, "lists of known datasets from their official annotation files"),
     "convert": (convert.main, "convert a checkpoint between our layout and published ones"),
     "models": (models.main, "list the networks with their parameters and multiply-adds"),
     "recipes": (recipes.main, "list the recipes with their published rows, or check them"),

@@ -1,12 +1,15 @@
 """Datasets and loaders of a recipe, opened by all processes of a run."""
 
+import re
+from collections.abc import Sequence
+
 import torch
 
 from accel.engine.config import Recipe, resolved_sampling
 from accel.engine.distributed import World
 from accel.engine.timing import Ranges
 from accel.errors import ConfigError
-from pipelines.config import TestViews
+from pipelines.config import TestViews, label_pairs
 from pipelines.datasets import Dataset, open_dataset
 from pipelines.loader import Loader, build_loader
 from pipelines.order import Split
@@ -41,7 +44,7 @@ def open_loader(
     ranges: Ranges,
     views: TestViews | None = None,
 ) -> Loader:
-    """The loader of a split as the recipe says.
+    """The loader of a split as the recipe says; in training, flips are checked by class names.
 
     Args:
         micro_batch: videos per batch of this process.
@@ -51,6 +54,8 @@ def open_loader(
         ConfigError: settings that do not fit each other.
         pipelines.errors.DataError: unusable videos, all named.
     """
+    if split == "train" and recipe.published.run:
+        check_flipped_names(dataset.class_names, recipe.augment.flip_label_pairs)
     try:
         return build_loader(
             dataset,
@@ -69,3 +74,26 @@ def open_loader(
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def check_flipped_names(names: Sequence[str], pairs: Sequence[str]) -> None:
+    """Labels that a flip exchanges must be classes that differ in left and right alone.
+
+    Raises:
+        ConfigError: they are not, so the labels are numbered in another way.
+    """
+    if all(name == str(label) for label, name in enumerate(names)):
+        return  # the names are not known
+    for one, other in label_pairs(pairs).items():
+        if max(one, other) >= len(names) or _mirrored(names[one]) != names[other]:
+            shown = [names[k] if k < len(names) else "no class" for k in (one, other)]
+            raise ConfigError(
+                f"augment.flip_label_pairs: {one}-{other} exchanges {shown[0]!r} and {shown[1]!r}, "
+                "which are no mirror images: the labels of these lists are numbered in another way "
+                "than those of the recipe (accel data import --numbering)."
+            )
+
+
+def _mirrored(name: str) -> str:
+    swapped = {"left": "right", "right": "left"}
+    return re.sub(r"\b(left|right)\b", lambda match: swapped[match[1]], name)

@@ -1,6 +1,7 @@
 """The shipped recipes against the published facts."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import yaml
@@ -13,6 +14,7 @@ from accel.engine.config import (
     shipped_recipes,
     to_dict,
 )
+from accel.engine.data import check_flipped_names
 from accel.engine.evaluate import TestConfig, parse_protocol, protocol_views
 from accel.engine.published import (
     disagreements,
@@ -25,6 +27,8 @@ from accel.engine.recipe_check import check_recipes, recipes_of_runs, resolve_ro
 from accel.errors import ConfigError
 from pipelines.clips import ClipSampler
 from pipelines.config import AugmentConfig
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _values(name):
@@ -125,3 +129,19 @@ def test_the_command_lists_and_checks(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + len(published_rows())
     assert any(line.startswith("mas_sthv1_ensemble_2x3") and " + " in line for line in lines)
+
+
+@pytest.mark.parametrize("name", ["tanet_r50_8f_sthv1", "masnet_r50_8f_sthv1"])
+def test_lists_of_the_other_numbering_are_refused(name):
+    labels = ROOT / "tests" / "data" / "label_maps" / "something_v1.txt"
+    official = labels.read_text(encoding="utf-8").splitlines()
+    pairs = load_recipe(name).augment.flip_label_pairs
+    right, wrong = sorted(official), official
+    if name.startswith("tanet"):
+        right, wrong = wrong, right
+    check_flipped_names(right, pairs)
+    check_flipped_names([str(label) for label in range(174)], pairs)  # names are not known
+    with pytest.raises(ConfigError, match="numbered in another way"):
+        check_flipped_names(wrong, pairs)
+    with pytest.raises(ConfigError, match="no class"):
+        check_flipped_names(right[:50], pairs)
