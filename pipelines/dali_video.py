@@ -4,7 +4,7 @@ The graph has no state and no random operator: everything random comes with the 
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -117,8 +117,12 @@ class DaliVideo:
             self._pipeline.set_outputs(*outputs)
         self._pipeline.build()
 
-    def run(self, samples: Sequence[Sample]) -> torch.Tensor:
-        """The clips of up to `max_samples` samples.
+    def submit(self, samples: Sequence[Sample]) -> list[Future[dict[str, Any]]]:
+        """Begin to read up to `max_samples` samples on the threads; `finish` takes the result."""
+        return [self._pool.submit(self._values, sample) for sample in samples]
+
+    def finish(self, submitted: Sequence[Future[dict[str, Any]]]) -> torch.Tensor:
+        """The clips of the samples of one `submit`.
 
         Returns:
             [N, views, F, size, size, 3] uint8 RGB on the CPU, F = frame indices of a sample; one
@@ -129,7 +133,7 @@ class DaliVideo:
                 frames.
             RuntimeError: from DALI, for the whole group.
         """
-        values = list(self._pool.map(self._values, samples))
+        values = [future.result() for future in submitted]
         if self._images:
             self._feed = {
                 name: [each for value in values for each in _per_frame(value, name)]

@@ -4,7 +4,7 @@ The DALI graph is tested against it.
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -65,8 +65,12 @@ class PyavVideo:
         self._size = size
         self._antialias = antialias
 
-    def run(self, samples: Sequence[Sample]) -> torch.Tensor:
-        """The clips of the samples.
+    def submit(self, samples: Sequence[Sample]) -> list[Future[npt.NDArray[np.uint8]]]:
+        """Begin to read samples on the threads; `finish` takes the result."""
+        return [self._pool.submit(self._clip, sample) for sample in samples]
+
+    def finish(self, submitted: Sequence[Future[npt.NDArray[np.uint8]]]) -> torch.Tensor:
+        """The clips of the samples of one `submit`.
 
         Returns:
             [N, views, F, size, size, 3] uint8 RGB on the CPU, F = frame indices of a sample.
@@ -74,19 +78,13 @@ class PyavVideo:
         Raises:
             MediaError: a file cannot be decoded as indexed.
         """
-        views, num_frames = len(samples[0].views), len(samples[0].frame_indices)
-        clips = np.empty((len(samples), views, num_frames, self._size, self._size, 3), np.uint8)
+        return torch.from_numpy(np.stack([future.result() for future in submitted]))
 
-        def fill(index: int) -> None:
-            sample = samples[index]
-            unique, gather = np.unique(sample.frame_indices, return_inverse=True)
-            frames = read_frames(replace(sample, frame_indices=unique))
-            cut = apply_views(frames, sample.views, size=self._size, antialias=self._antialias)
-            for view, pixels in enumerate(cut):
-                clips[index, view] = pixels[gather]
-
-        list(self._pool.map(fill, range(len(samples))))
-        return torch.from_numpy(clips)
+    def _clip(self, sample: Sample) -> npt.NDArray[np.uint8]:
+        unique, gather = np.unique(sample.frame_indices, return_inverse=True)
+        frames = read_frames(replace(sample, frame_indices=unique))
+        cut = apply_views(frames, sample.views, size=self._size, antialias=self._antialias)
+        return np.stack([pixels[gather] for pixels in cut])  # [views, F, size, size, 3]
 
     def close(self) -> None:
         """End the threads; unfinished reads are abandoned."""

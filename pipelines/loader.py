@@ -5,7 +5,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -25,7 +25,10 @@ __all__ = ["Batch", "Loader", "build_loader"]
 
 
 class _Decoder(Protocol):
-    def run(self, samples: Sequence[Sample]) -> torch.Tensor: ...
+    """Reads samples in two steps, so that reading one group goes on while another is finished."""
+
+    def submit(self, samples: Sequence[Sample]) -> list[Any]: ...
+    def finish(self, submitted: list[Any]) -> torch.Tensor: ...
     def close(self) -> None: ...
 
 
@@ -217,12 +220,25 @@ class Loader:
             indices = range(first, min(first + self._group, end))
             yield [self.samples(epoch, index) for index in indices]
 
-    def _decode(self, group: list[list[Sample]]) -> list[Batch]:
+    def _decode(self, groups: Iterator[list[list[Sample]]]) -> Iterator[list[Batch]]:
+        """The batches of each group; the next group is read while a group is finished."""
         decoder = self._state.decoder
         assert decoder is not None
+        started: tuple[list[list[Sample]], list[Any]] | None = None
+        for group in groups:
+            submitted = decoder.submit([sample for batch in group for sample in batch])
+            if started is not None:
+                yield self._finish(decoder, *started)
+            started = (group, submitted)
+        if started is not None:
+            yield self._finish(decoder, *started)
+
+    def _finish(
+        self, decoder: _Decoder, group: list[list[Sample]], submitted: list[Any]
+    ) -> list[Batch]:
         samples = [sample for batch in group for sample in batch]
         try:
-            clips = decoder.run(samples)  # [N, crops, K * T * L, size, size, 3]
+            clips = decoder.finish(submitted)  # [N, crops, K * T * L, size, size, 3]
         except DataError:
             raise
         except RuntimeError as error:

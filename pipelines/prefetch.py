@@ -42,7 +42,7 @@ class Prefetcher:
     def __init__(
         self,
         groups: Iterator[list[list[Sample]]],
-        decode: Callable[[list[list[Sample]]], list[Batch]],
+        decode: Callable[[Iterator[list[list[Sample]]]], Iterator[list[Batch]]],
         length: int,
     ) -> None:
         self._queue: queue.Queue[list[Batch] | BaseException | None] = queue.Queue(length)
@@ -56,16 +56,24 @@ class Prefetcher:
     def _produce(
         self,
         groups: Iterator[list[list[Sample]]],
-        decode: Callable[[list[list[Sample]]], list[Batch]],
+        decode: Callable[[Iterator[list[list[Sample]]]], Iterator[list[Batch]]],
     ) -> None:
         try:
-            for group in groups:
-                self._in_flight = [sample for batch in group for sample in batch]
-                if not self._put(decode(group)):
+            for batches in decode(self._watched(groups)):
+                if not self._put(batches):
                     return
             self._put(None)
         except BaseException as error:  # re-raised by the consumer
             self._put(error)
+
+    def _watched(self, groups: Iterator[list[list[Sample]]]) -> Iterator[list[list[Sample]]]:
+        """The groups; what is asked for last and the one before are being decoded."""
+        before: list[Sample] = []
+        for group in groups:
+            samples = [sample for batch in group for sample in batch]
+            self._in_flight = before + samples
+            before = samples
+            yield group
 
     def _put(self, item: list[Batch] | BaseException | None) -> bool:
         """Wait for room; False = stopped."""

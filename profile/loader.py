@@ -1,78 +1,233 @@
-"""Clips per second of the input pipeline alone.
+"""Clips per second of the input pipeline, beside other loaders on the same files.
 
-    python profile/loader.py                                  # the generated set, every decoder
-    python profile/loader.py --root /data/set --train-list train.txt --val-list val.txt --size 224
+    python profile/loader.py                         # generated VP9, H.264 and JPEG sets, all peers
+    python profile/loader.py --sets h264_gop12 --turns 5 --json
+    python profile/loader.py --root /data/set --train-list train.txt --val-list val.txt
 
-Every decoder reads the same training batches; the first pass is discarded. `--json` adds one line
-of JSON with all passes at the end of stdout.
+Output: 8 frames, one from each eighth of the video, short side 256, center 224, uint8. Everyone
+reads the same frames of the same files on the same number of threads or worker processes, taking
+turns of one pass. `--json` adds one line of JSON as the last line of stdout.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
 import statistics
 import time
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from loader_peers import IMAGE_READERS, VIDEO_READERS, Clip, Peer, available
 
 from pipelines.config import AugmentConfig, DataConfig, LoaderConfig, SamplingConfig
 from pipelines.datasets import Dataset, open_dataset
 from pipelines.errors import DataError
-from pipelines.loader import build_loader
+from pipelines.loader import Loader, build_loader
+from pipelines.synthetic import dead_leaves
+
+WIDTH, HEIGHT, FRAMES, FPS, SIZE = 340, 256, 300, 30, 224
+REPEATS = 4  # of each video in a pass
+CODECS: dict[str, tuple[str, str, dict[str, str]]] = {
+    "vp9": ("libvpx-vp9", "webm", {"deadline": "realtime", "cpu-used": "6", "crf": "33", "b": "0"}),
+    "h264": ("libx264", "mp4", {"preset": "medium", "crf": "23"}),
+}
+# Set -> (ratio to the best sequential peer, to the best peer of all) that we ask of ourselves.
+ASKS: dict[str, dict[str, float]] = {
+    "vp9_gop12": {"sequential": 2.5, "best": 1.2},
+    "h264_gop12": {"sequential": 2.5, "best": 1.2},
+    "vp9_gop250": {"best": 1.0},
+    "h264_gop250": {"best": 1.0},
+    "jpeg": {"pillow": 1.5},
+}
 
 
-def measure(dataset: Dataset, decoder: str, args: argparse.Namespace) -> tuple[str, list[float]]:
-    """(description of the loader, clips/s of each pass) for one decoder."""
-    loader = build_loader(
-        dataset,
-        split="train",
-        sampling=SamplingConfig(num_segments=args.segments),
-        augment=AugmentConfig(size=args.size, resize=0),
-        loader=LoaderConfig(decoder=decoder, threads=args.threads),  # type: ignore[arg-type]
-        seed=0,
-        micro_batch=args.batch,
-        global_batch=args.batch,
-    )
-    rates = []
-    for epoch in range(args.passes + 1):
-        start, clips = time.perf_counter(), 0
-        for batch in loader.epoch(epoch):
-            clips += len(batch.labels)
-            if clips >= args.clips:
-                break
-        rates.append(clips / (time.perf_counter() - start))
-    loader.close()
-    return loader.description, rates[1:]
+def frames_of(seed: int) -> Iterator[np.ndarray]:
+    """A camera that moves over an image, with the noise of a sensor: [256, 340, 3] uint8 each."""
+    rng = np.random.default_rng(seed)
+    image = (dead_leaves(700, rng) * 255).astype(np.int16)
+    for index in range(FRAMES):
+        time_ = 2 * np.pi * index / FRAMES
+        x = int(180 + 170 * np.sin(1.3 * time_ + seed))
+        y = int(220 + 200 * np.cos(time_ + seed))
+        noise = rng.integers(-3, 4, (HEIGHT, WIDTH, 1), dtype=np.int16)
+        yield np.clip(image[y : y + HEIGHT, x : x + WIDTH] + noise, 0, 255).astype(np.uint8)
+
+
+def write_set(folder: Path, name: str, videos: int) -> None:
+    """`videos` clips of a set and their list; nothing if they are there."""
+    if (folder / "list.txt").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for seed in range(videos):
+        if name == "jpeg":
+            from PIL import Image
+
+            (folder / str(seed)).mkdir(exist_ok=True)
+            for index, frame in enumerate(frames_of(seed)):
+                Image.fromarray(frame).save(folder / f"{seed}/{index + 1:05d}.jpg", quality=90)
+            lines.append(f"{seed} {FRAMES} {seed % 2}\n")
+            continue
+        codec, gop = name.split("_gop")
+        encoder, suffix, options = CODECS[codec]
+        path = folder / f"{seed}.{suffix}"
+        options = options | {"g": gop, "keyint_min": gop, "threads": "1"}
+        write_video(path, frames_of(seed), encoder, options)
+        lines.append(f"{path.name} {seed % 2}\n")
+    (folder / "list.txt").write_text("".join(lines) * REPEATS, encoding="utf-8")
+
+
+def write_video(
+    path: Path, frames: Iterator[np.ndarray], encoder: str, options: dict[str, str]
+) -> None:
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream(encoder, rate=FPS, options=options)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for index, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = index, Fraction(1, FPS)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+class Ours:
+    """One of our loaders, endlessly from epoch to epoch."""
+
+    def __init__(self, dataset: Dataset, decoder: str, args: argparse.Namespace) -> None:
+        self.loader: Loader = build_loader(
+            dataset,
+            split="train",
+            sampling=SamplingConfig(num_segments=args.segments),
+            augment=AugmentConfig(size=SIZE, resize=256, crop="center", flip=False),
+            loader=LoaderConfig(decoder=decoder, threads=args.threads),  # type: ignore[arg-type]
+            seed=0,
+            micro_batch=args.batch,
+            global_batch=args.batch,
+        )
+        self._epochs = itertools.count(1)
+
+    def batches(self) -> Iterator[Any]:
+        """One epoch."""
+        return iter(batch.labels for batch in self.loader.epoch(next(self._epochs)))
+
+    def cpu_s(self) -> float:
+        """Processor time of this process so far."""
+        return time.process_time()
+
+    def close(self) -> None:
+        """End the threads."""
+        self.loader.close()
+
+
+def turn(source: Ours | Peer) -> tuple[float, float]:
+    """(clips/s, ms of processor time per clip) of one pass."""
+    start, cpu = time.perf_counter(), source.cpu_s()
+    clips = sum(len(batch) for batch in source.batches())
+    return clips / (time.perf_counter() - start), 1000 * (source.cpu_s() - cpu) / clips
+
+
+def measure(name: str, dataset: Dataset, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each of our backends."""
+    ours: dict[str, Ours] = {}
+    for decoder in args.decoders:
+        try:
+            ours[decoder] = Ours(dataset, decoder, args)
+        except (DataError, ValueError) as error:
+            print(f"{name:12} {decoder:18} not measured: {error}")
+    if not ours:
+        return []
+    loader = next(iter(ours.values())).loader
+    folders = bool(dataset.train[0].path.is_dir())
+    readers, missing = available(IMAGE_READERS if folders else VIDEO_READERS)
+    for peer, reason in missing.items():
+        print(f"{name:12} {peer:18} not measured: {reason}")
+    samples = [sample for k in range(loader.batches_per_epoch) for sample in loader.samples(1, k)]
+    clips: Sequence[Clip] = [(str(s.path), s.frame_indices.tolist()) for s in samples]
+    workers = args.threads or LoaderConfig().resolved_threads()
+    sources: dict[str, Ours | Peer] = dict(ours)
+    for peer, reader in readers.items():
+        sources[peer] = Peer(reader, clips, batch=args.batch, workers=workers, size=SIZE)
+    turns: dict[str, list[tuple[float, float]]] = {source: [] for source in sources}
+    for source in sources.values():  # starts workers, opens libraries, fills the page cache
+        turn(source)
+    for _ in range(args.turns):
+        for source, runs in turns.items():
+            runs.append(turn(sources[source]))
+    for source_ in sources.values():
+        source_.close()
+    rates = {key: statistics.median(rate for rate, _ in runs) for key, runs in turns.items()}
+    cpu = {key: min(cost for _, cost in runs) for key, runs in turns.items()}
+    peers = {key: rates[key] for key in readers}
+    rows = []
+    for decoder, source in ours.items():
+        best = {"best": max(peers.values(), default=0.0)}
+        best["sequential"] = max((r for p, r in peers.items() if "sequential" in p), default=0.0)
+        best["pillow"] = peers.get("pillow", 0.0)
+        asks = ASKS.get(name, {})
+        ratios = {key: rates[decoder] / best[key] for key in best if best[key]}
+        rows.append(
+            {
+                "name": name,
+                "backend": decoder,
+                "description": source.loader.description,
+                "clips_per_s": rates[decoder],
+                "cpu_ms_per_clip": cpu[decoder],
+                "peers": peers,
+                "peers_cpu_ms_per_clip": {key: cpu[key] for key in peers},
+                "peers_missing": missing,
+                "ratio_to_best_peer": ratios.get("best"),
+                "ratio_to_best_sequential_peer": ratios.get("sequential"),
+                "ratio_to_pillow": ratios.get("pillow"),
+                "ask": asks,
+                "met": all(ratios.get(key, 0.0) >= ask for key, ask in asks.items()),
+            }
+        )
+    for key in sources:
+        spread = f"{min(runs[0] for runs in turns[key]):.1f}..{max(r[0] for r in turns[key]):.1f}"
+        text = ours[key].loader.description if key in ours else ""
+        print(
+            f"{name:12} {key:18} {rates[key]:7.1f} clips/s ({spread}), {cpu[key]:6.1f} CPU ms", text
+        )
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--root", default="", help="folder of the videos; default: motion8")
+    parser.add_argument("--sets", nargs="+", default=list(ASKS), choices=list(ASKS))
+    parser.add_argument("--root", default="", help="own videos instead of generated sets")
     parser.add_argument("--train-list", default="", help="list of the training videos")
     parser.add_argument("--val-list", default="", help="list of the validation videos")
-    parser.add_argument("--decoders", nargs="+", default=["dali", "pyav"])
+    parser.add_argument("--decoders", nargs="+", default=["auto"], help="values of loader.decoder")
+    parser.add_argument("--videos", type=int, default=12, help="videos of a generated set")
     parser.add_argument("--segments", type=int, default=8, help="frames per clip")
-    parser.add_argument("--size", type=int, default=64, help="px")
-    parser.add_argument("--batch", type=int, default=16, help="clips per batch")
+    parser.add_argument("--batch", type=int, default=4, help="clips per batch")
     parser.add_argument("--threads", type=int, default=0, help="0 = all cores")
-    parser.add_argument("--clips", type=int, default=320, help="most clips of one pass")
-    parser.add_argument("--passes", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=3, help="passes of each loader")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    lists = {"root": args.root, "train_list": args.train_list, "val_list": args.val_list}
-    dataset = open_dataset(DataConfig(generate="none" if args.root else "motion8", **lists))
-    results = {}
-    for decoder in args.decoders:
-        try:
-            description, rates = measure(dataset, decoder, args)
-        except (DataError, ValueError) as error:
-            print(f"{decoder:6} skipped: {error}")
-            continue
-        results[decoder] = rates
-        spread = f"{min(rates):.0f}..{max(rates):.0f}"
-        print(f"{decoder:6} {statistics.median(rates):8.1f} clips/s ({spread})  {description}")
+    rows = []
+    if args.root:
+        lists = {"train_list": args.train_list, "val_list": args.val_list}
+        dataset = open_dataset(DataConfig(root=args.root, **lists))
+        rows = measure("own", dataset, args)
+    else:
+        cache = DataConfig().resolved_cache_dir() / f"loader-bench-{args.videos}"
+        for name in args.sets:
+            write_set(cache / name, name, args.videos)
+            lists = {"train_list": "list.txt", "val_list": "list.txt"}
+            dataset = open_dataset(DataConfig(root=str(cache / name), **lists))
+            rows += measure(name, dataset, args)
     if args.json:
-        machine = {"machine": platform.machine(), "cores": os.cpu_count()}
-        print(json.dumps({**machine, **vars(args), "clips_per_s": results}))
+        machine = {"machine": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()}
+        settings = {key: value for key, value in vars(args).items() if key != "json"}
+        print(json.dumps({"sets": rows, **machine, "settings": settings}))
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ def test_dali_decodes_the_same_frames(
     )
     for indices in requests(60):
         samples = [whole_frames(path, each, indices) for each in (info, uncut)]
-        (cut,), (whole,) = decoder.run(samples).numpy()
+        (cut,), (whole,) = decoder.finish(decoder.submit(samples)).numpy()
         assert np.array_equal(cut, whole)
         assert [read_code(frame) for frame in cut] == [(5, int(k)) for k in indices]
     decoder.close()
