@@ -38,6 +38,7 @@ class DaliVideo:
         antialias: bool,
         read_frames: Callable[[Sample], npt.NDArray[np.uint8]] | None = None,
         images: bool = False,
+        device_id: int | None = None,
         steps: Steps,
     ) -> None:
         """Build the graph: decode, [resize], then for each view [crop], [scale], [flip], [repeat].
@@ -52,6 +53,7 @@ class DaliVideo:
                 threads; None = DALI decodes.
             images: the samples are folders of frames. Each frame is a sample to DALI: one operator
                 decodes all frames of all clips.
+            device_id: GPU that decodes (NVDEC, nvJPEG) and transforms; None = the CPU does.
             steps: what the samples need. A frame that a sample names twice is decoded and scaled
                 once and repeated at the end (DALI's decoder starts again at the first frame for
                 every repeated index).
@@ -70,7 +72,7 @@ class DaliVideo:
         self._pipeline: Any = dali.Pipeline(
             batch_size=max_samples * max_frames if self._images else max_samples,
             num_threads=threads,
-            device_id=None,
+            device_id=device_id,
             prefetch_queue_depth=1,
             set_affinity=False,
             exec_dynamic=True,
@@ -84,18 +86,22 @@ class DaliVideo:
             linear = dali.types.INTERP_LINEAR
             return fn.resize(frames, size=size, interp_type=linear, antialias=antialias)
 
+        device = "cpu" if device_id is None else "mixed"
         with self._pipeline:
             if read_frames is not None:
                 clip = per_sample("decoded", layout="FHWC")  # per sample [unique frames, H, W, 3]
             elif self._images:
-                clip = fn.decoders.image(per_sample("encoded"), device="cpu")  # [H, W, 3] each
+                # Fancy upsampling of chroma, as Pillow's, is not nvJPEG's default.
+                fancy = {} if device_id is None else {"jpeg_fancy_upsampling": True}
+                encoded = per_sample("encoded")
+                clip = fn.decoders.image(encoded, device=device, **fancy)  # [H, W, 3] each
             else:
                 # pad_mode "none": a missing frame is an error; the default would be a black frame.
                 clip = fn.decoders.video(
                     per_sample("encoded"),
                     frames=per_sample("frames"),
                     pad_mode="none",
-                    device="cpu",
+                    device=device,
                 )  # per sample [unique frames, H, W, 3]
             if steps.resize:
                 clip = resize(clip, per_sample("resized"))
@@ -125,8 +131,8 @@ class DaliVideo:
         """The clips of the samples of one `submit`.
 
         Returns:
-            [N, views, F, size, size, 3] uint8 RGB on the CPU, F = frame indices of a sample; one
-            view shares DALI's memory.
+            [N, views, F, size, size, 3] uint8 RGB where DALI decodes, F = frame indices of a
+            sample; one view shares DALI's memory.
 
         Raises:
             MediaError: a file has another size than when it was indexed, or does not give its
@@ -154,7 +160,7 @@ class DaliVideo:
             starts = np.cumsum([0, *(len(value["encoded"]) for value in values)])
             pairs = zip(starts, values, strict=False)
             index = np.concatenate([start + value["gather"] for start, value in pairs])
-            frames = frames[torch.from_numpy(index)]
+            frames = frames[torch.from_numpy(index).to(frames.device)]
         return frames.reshape(len(values), -1, *frames.shape[1:])
 
     def close(self) -> None:

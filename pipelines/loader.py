@@ -1,20 +1,19 @@
 """build_loader(): batches of clips, decoded ahead in the background, in a reproducible order."""
 
-import importlib.util
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from pipelines import decoders
 from pipelines.config import AugmentConfig, LoaderConfig, SamplingConfig, TestViews
-from pipelines.dali_video import DaliVideo
 from pipelines.datasets import Dataset
 from pipelines.decode import read_frames
+from pipelines.decoders import Decoder, DecoderPlan, choose_decoder
 from pipelines.errors import DataError, MediaError
-from pipelines.fallback import PyavVideo
 from pipelines.media import probe
 from pipelines.media_index import index_videos
 from pipelines.order import Split, train_positions, val_positions
@@ -22,14 +21,6 @@ from pipelines.prefetch import Batch, Prefetcher
 from pipelines.source import Sample, SampleSource
 
 __all__ = ["Batch", "Loader", "build_loader"]
-
-
-class _Decoder(Protocol):
-    """Reads samples in two steps, so that reading one group goes on while another is finished."""
-
-    def submit(self, samples: Sequence[Sample]) -> list[Any]: ...
-    def finish(self, submitted: list[Any]) -> torch.Tensor: ...
-    def close(self) -> None: ...
 
 
 def build_loader(
@@ -131,7 +122,6 @@ class Loader:
     ) -> None:
         self._source = source
         self._split = split
-        self._augment = augment
         self._config = loader
         self._micro_batch = micro_batch
         self._global_batch = global_batch
@@ -142,10 +132,18 @@ class Loader:
         self._threads = loader.resolved_threads()
         # Micro-batches decoded together: enough clips to keep every thread busy.
         self._group = max(1, math.ceil(2 * self._threads / micro_batch))
-        self._dali = _dali_installed()
-        self._backend, self.description = _choose_decoder(source, loader, self._dali)
+        self._plan = DecoderPlan(
+            source=source,
+            antialias=augment.antialias,
+            threads=self._threads,
+            max_samples=self._group * micro_batch,
+            device=device,
+            dali=decoders.dali_installed(),
+        )
+        remembered = source.infos.path.with_suffix(".decoder.json")
+        self._backend, self.description = choose_decoder(self._plan, loader, remembered)
         self.description += f", {self._threads} threads"
-        self.backend = f"{self._backend}, scaled by {'dali' if self._dali else 'torch'}"
+        self.backend = f"{self._backend}, scaled by {'dali' if self._plan.dali else 'torch'}"
         self._state = _State()
         # Also runs at the interpreter's exit, before the threads would be torn down.
         self._finalizer = weakref.finalize(self, self._state.release)
@@ -184,7 +182,7 @@ class Loader:
             )
         self._state.stop()
         if self._state.decoder is None:
-            self._state.decoder = self._build_decoder()
+            self._state.decoder = self._plan.build(self._backend)
         length = max(1, math.ceil(self._config.prefetch / self._group))
         run = Prefetcher(self._groups(epoch, start), self._decode, length)
         self._state.run = run
@@ -234,7 +232,7 @@ class Loader:
             yield self._finish(decoder, *started)
 
     def _finish(
-        self, decoder: _Decoder, group: list[list[Sample]], submitted: list[Any]
+        self, decoder: Decoder, group: list[list[Sample]], submitted: list[Any]
     ) -> list[Batch]:
         samples = [sample for batch in group for sample in batch]
         try:
@@ -251,7 +249,8 @@ class Loader:
         maps = [torch.from_numpy(s.colors) for s in samples if s.colors is not None]
         colors = torch.stack(maps) if maps else None  # [N, T * L, 3, 4]
         if self._device.type == "cuda":
-            clips, labels = clips.pin_memory(), labels.pin_memory()
+            labels = labels.pin_memory()
+            clips = clips if clips.is_cuda else clips.pin_memory()
             colors = colors.pin_memory() if colors is not None else None
         batches, first = [], 0
         for batch in group:
@@ -278,57 +277,6 @@ class Loader:
         finally:
             run.stop()
 
-    def _build_decoder(self) -> _Decoder:
-        size, antialias = self._source.size, self._augment.antialias
-        if not self._dali:
-            return PyavVideo(threads=self._threads, size=size, antialias=antialias)
-        return DaliVideo(
-            max_samples=self._group * self._micro_batch,
-            max_frames=self._source.max_frames,
-            threads=self._threads,
-            size=size,
-            antialias=antialias,
-            read_frames=read_frames if self._backend == "pyav" else None,
-            images=self._source.infos.are_frames,
-            steps=self._source.steps,
-        )
-
-
-def _choose_decoder(source: SampleSource, config: LoaderConfig, dali: bool) -> tuple[str, str]:
-    """(who decodes: "dali" or "pyav", one line that says so and why)."""
-    problem = next(_dali_problems(source), None)
-    scaling = "DALI scales" if dali else "torch scales"
-    if config.decoder == "pyav":
-        return "pyav", f"PyAV decodes (loader.decoder=pyav), {scaling}"
-    if config.decoder == "dali":
-        if not dali:
-            raise ValueError(
-                'loader.decoder: "dali" needs NVIDIA DALI, which is not installed; run pip install '
-                '"accel-video[dali]" or pass --loader.decoder=pyav.'
-            )
-        if problem:
-            path, reason = problem
-            raise MediaError(path, f"{reason}; pass --loader.decoder=pyav or auto.")
-        return "dali", "DALI decodes on the CPU (loader.decoder=dali)"
-    if not dali:
-        return "pyav", f"PyAV decodes (DALI is not installed), {scaling}"
-    if problem:
-        return "pyav", f"PyAV decodes ({problem[1]}), {scaling}"
-    return "dali", "DALI decodes on the CPU"
-
-
-def _dali_problems(source: SampleSource) -> Iterator[tuple[str, str]]:
-    for kind, index in source.infos.kinds:
-        if reason := kind.dali_cpu_problem:
-            yield str(source.videos[index].path), reason
-
-
-def _dali_installed() -> bool:
-    try:
-        return importlib.util.find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:  # no package `nvidia` at all
-        return False
-
 
 def _name_culprit(samples: Sequence[Sample], error: RuntimeError) -> DataError:
     """DALI fails for a whole group without naming the file: find it with PyAV or Pillow."""
@@ -349,7 +297,7 @@ class _State:
 
     def __init__(self) -> None:
         self.run: Prefetcher | None = None
-        self.decoder: _Decoder | None = None
+        self.decoder: Decoder | None = None
 
     def stop(self) -> None:
         if self.run is not None and not self.run.stop():

@@ -25,6 +25,7 @@ _ONE_FRAME_PER_PACKET = frozenset("av1 h264 hevc mjpeg prores vp9".split())
 _STANDALONE = frozenset("av1 h264 hevc mjpeg vp8 vp9".split())
 _DECODERS = {"av1": "libdav1d"}  # where FFmpeg's decoder is not called like the codec
 _DALI_CPU_CODECS = frozenset(("mjpeg", "vp8", "vp9"))
+_NVDEC_CODECS = frozenset("av1 h264 hevc vp8 vp9".split())
 _BLOCK_HEADER_BYTES = 64  # most that stands between a packet's position and its bytes
 
 
@@ -62,6 +63,17 @@ class StreamKind:
             return f"{self.codec} in the container {self.container}"
         if self.pixel_format not in ("yuv420p", "yuvj420p") or not self.regular:
             return f"{self.codec} with {self.pixel_format} or irregular packets"
+        return None
+
+    @property
+    def dali_gpu_problem(self) -> str | None:
+        """Why DALI cannot decode such a file on a GPU (NVDEC, nvJPEG), or None."""
+        if self.frame_name:
+            return None if self.codec == "jpeg" else f"nvJPEG does not decode {self.codec}"
+        if self.codec not in _NVDEC_CODECS or self.pixel_format not in ("yuv420p", "yuvj420p"):
+            return f"NVDEC does not decode {self.codec} with {self.pixel_format}"
+        if not {"matroska", "mp4"} & set(self.container.split(",")) or not self.regular:
+            return f"{self.codec} in the container {self.container}, or with irregular packets"
         return None
 
 

@@ -57,7 +57,7 @@ class MediaIndex(Sequence[MediaInfo]):
     """What is in each file of a list, in its order; tables are read from disk when asked for."""
 
     def __init__(self, path: Path, rows: npt.NDArray[Any], kinds: Sequence[StreamKind]) -> None:
-        self._path, self._rows, self._kinds = path, rows, tuple(kinds)
+        self.path, self._rows, self._kinds = path, rows, tuple(kinds)
         self._handle = path.open("rb")
         self._tables_at = int.from_bytes(self._handle.read(len(_MAGIC) + 8)[-8:], "little")
 
@@ -79,7 +79,7 @@ class MediaIndex(Sequence[MediaInfo]):
             try:
                 table = PacketTable.unpack(packed)
             except (zlib.error, ValueError) as error:
-                problem = f"{self._path}: the media index is damaged ({error}); delete it."
+                problem = f"{self.path}: the media index is damaged ({error}); delete it."
                 raise DataError(problem) from error
         facts = (width, height, num_frames, size_bytes, table, first_number)
         return MediaInfo(self._kinds[kind], *facts)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines import loader as loader_module
+from pipelines import decoders
 from pipelines.config import AugmentConfig, DataConfig, LoaderConfig, SamplingConfig
 from pipelines.datasets import Dataset, open_dataset
 from pipelines.errors import AnnotationError, DataError, MediaError
@@ -31,7 +31,7 @@ def open_set(root: Path, lines: str, **data: Any) -> Dataset:
 def open_loader(dataset: Dataset, decoder: str, split: str = "val", **changes: Any) -> Loader:
     with pytest.MonkeyPatch.context() as patch:
         if decoder == "torch":
-            patch.setattr(loader_module, "_dali_installed", lambda: False)
+            patch.setattr(decoders, "dali_installed", lambda: False)
         arguments: dict[str, Any] = {
             "sampling": SamplingConfig(num_segments=4),
             "augment": AugmentConfig(size=64, resize=64, flip=False),

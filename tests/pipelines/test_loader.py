@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import loader as loader_module
+from pipelines import decoders
 from pipelines.config import AugmentConfig, LoaderConfig, SamplingConfig
 from pipelines.datasets import Dataset
 from pipelines.decode import read_frames
@@ -49,7 +49,7 @@ def open_loader(dataset: Dataset, split: str = "train", **changes: Any) -> Loade
     arguments |= {"loader": LoaderConfig(**options)} | changes
     with pytest.MonkeyPatch.context() as patch:
         if without_dali:
-            patch.setattr(loader_module, "_dali_installed", lambda: False)
+            patch.setattr(decoders, "dali_installed", lambda: False)
         return build_loader(dataset, split=split, **arguments)
 
 
@@ -290,16 +290,18 @@ def test_decoder_is_chosen_and_named(
 ) -> None:
     h264 = make_dataset([make_video(f"{k}.mp4", codec="libx264") for k in range(4)])
     assert "h264" in open_loader(h264).description
-    monkeypatch.setattr(loader_module, "_dali_installed", lambda: True)
+    monkeypatch.setattr(decoders, "dali_installed", lambda: True)
     assert open_loader(dataset).description.startswith("DALI decodes")
     with pytest.raises(MediaError, match=r"0\.mp4: DALI does not decode h264 on the CPU"):
         open_loader(h264, decoder="dali")
-    monkeypatch.setattr(loader_module, "_dali_installed", lambda: False)
+    monkeypatch.setattr(decoders, "dali_installed", lambda: False)
     assert open_loader(dataset).description.startswith(
-        "PyAV decodes (DALI is not installed), torch scales"
+        "PyAV decodes, torch scales (DALI is not installed)"
     )
-    with pytest.raises(ValueError, match=r"loader\.decoder: .* not installed"):
+    with pytest.raises(ValueError, match=r"loader\.decoder: 'dali': DALI is not installed"):
         open_loader(dataset, decoder="dali")
+    with pytest.raises(ValueError, match=r"'dali_gpu': DALI is not installed"):
+        open_loader(dataset, decoder="dali_gpu")
 
 
 def damage_payload(path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import loader as loader_module
+from pipelines import decoders
 from pipelines.clips import ClipSampler
 from pipelines.config import AugmentConfig, LoaderConfig, SamplingConfig, TestViews
 from pipelines.datasets import Dataset
@@ -34,7 +34,7 @@ def open_loader(dataset: Dataset, split: str, decoder: str, **changes: Any) -> L
     }
     with pytest.MonkeyPatch.context() as patch:
         if decoder == "torch":
-            patch.setattr(loader_module, "_dali_installed", lambda: False)
+            patch.setattr(decoders, "dali_installed", lambda: False)
         return build_loader(dataset, split=split, **{**arguments, **changes})
 
 

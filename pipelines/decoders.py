@@ -1,0 +1,212 @@
+"""Who decodes: what can decode a set of videos, and which of them is fastest here.
+
+"auto" lets every decoder that can read the set read the same clips once the run starts, checks them
+against each other, and keeps the fastest. The outcome is remembered beside the media index, so that
+a resumed run, and every rank, decodes alike.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from pipelines.cache import locked, replace_bytes
+from pipelines.config import LoaderConfig
+from pipelines.dali_video import DaliVideo
+from pipelines.decode import read_frames
+from pipelines.errors import DataError, MediaError
+from pipelines.fallback import PyavVideo
+from pipelines.source import Sample, SampleSource
+
+_LOG = logging.getLogger(__name__)
+_FEWEST_VIDEOS = 256
+"""Smaller sets are not measured: their epochs take less than a measurement is worth."""
+_MOST_DIFFERENCE = 12.0
+"""Mean difference of two decoders, grey levels, above which one of them returns other frames.
+Rounding gives below 2, BT.601 instead of BT.709 below 10."""
+
+
+class Decoder(Protocol):
+    """Reads samples in two steps, so that reading one group goes on while another is finished."""
+
+    def submit(self, samples: Sequence[Sample]) -> list[Any]: ...
+    def finish(self, submitted: list[Any]) -> torch.Tensor: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class DecoderPlan:
+    """Everything a decoder is built from."""
+
+    source: SampleSource
+    antialias: bool
+    threads: int
+    max_samples: int
+    device: torch.device
+    dali: bool
+    """Whether DALI is installed."""
+
+    def build(self, name: str) -> Decoder:
+        """The decoder `name`: "dali", "dali_gpu" or "pyav"."""
+        source = self.source
+        if not self.dali:
+            return PyavVideo(threads=self.threads, size=source.size, antialias=self.antialias)
+        return DaliVideo(
+            max_samples=self.max_samples,
+            max_frames=source.max_frames,
+            threads=self.threads,
+            size=source.size,
+            antialias=self.antialias,
+            read_frames=read_frames if name == "pyav" else None,
+            images=source.infos.are_frames,
+            device_id=(self.device.index or 0) if name == "dali_gpu" else None,
+            steps=source.steps,
+        )
+
+    def problems(self) -> dict[str, tuple[Path | None, str]]:
+        """Decoders that cannot read the set: name -> (a file, reason)."""
+        found: dict[str, tuple[Path | None, str]] = {}
+        if not self.dali:
+            found = dict.fromkeys(("dali", "dali_gpu"), (None, "DALI is not installed"))
+        elif self.device.type != "cuda":
+            found["dali_gpu"] = (None, "there is no GPU")
+        for kind, index in self.source.infos.kinds:
+            path = self.source.videos[index].path
+            for name, problem in (
+                ("dali", kind.dali_cpu_problem),
+                ("dali_gpu", kind.dali_gpu_problem),
+            ):
+                if problem:
+                    found.setdefault(name, (path, problem))
+        return found
+
+
+def dali_installed() -> bool:
+    """Whether NVIDIA DALI can be imported; does not import it."""
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # no package `nvidia` at all
+        return False
+
+
+def choose_decoder(plan: DecoderPlan, config: LoaderConfig, cache: Path) -> tuple[str, str]:
+    """(name, one line that says who decodes and why).
+
+    Args:
+        plan: what a decoder would be built from.
+        config: `decoder` forces one.
+        cache: file that remembers measurements.
+
+    Raises:
+        MediaError, ValueError: the forced decoder cannot read the set.
+    """
+    problems = plan.problems()
+    folders = plan.source.infos.are_frames
+    titles = {
+        "dali": "DALI decodes on the CPU",
+        "dali_gpu": f"{'nvJPEG' if folders else 'NVDEC'} decodes through DALI",
+        "pyav": f"{'Pillow' if folders else 'PyAV'} decodes",
+    }
+    titles["pyav"] += f", {'DALI' if plan.dali else 'torch'} scales"
+    if config.decoder != "auto":
+        if config.decoder in problems:
+            path, reason = problems[config.decoder]
+            advice = "pass --loader.decoder=pyav or auto"
+            if path is None:
+                raise ValueError(f"loader.decoder: {config.decoder!r}: {reason}; {advice}.")
+            raise MediaError(path, f"{reason}; {advice}.")
+        return config.decoder, f"{titles[config.decoder]} (loader.decoder={config.decoder})"
+    names = [name for name in ("dali", "dali_gpu", "pyav") if name not in problems]
+    if names == ["pyav"]:
+        return "pyav", f"{titles['pyav']} ({problems['dali'][1]})"
+    if len(plan.source) < _FEWEST_VIDEOS:
+        return names[0], titles[names[0]]
+    rates, failed = _measured(plan, names, cache)
+    best = max(rates, key=lambda name: rates[name])
+    facts = [f"{rates[best]:.0f} clips/s"]
+    facts += [f"{name} {rate:.0f}" for name, rate in rates.items() if name != best]
+    facts += [f"{name}: {reason}" for name, reason in failed.items()]
+    return best, f"{titles[best]} (measured: {'; '.join(facts)})"
+
+
+def _measured(
+    plan: DecoderPlan, names: list[str], cache: Path
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Clips/s of each decoder, or why it is out; from the cache where nothing has changed."""
+    facts = {
+        "decoders": names,
+        "threads": plan.threads,
+        "size": plan.source.size,
+        "frames": plan.source.max_frames,
+        "device": torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else "cpu",
+        "versions": _versions(),
+    }
+    with locked(cache.with_suffix(".lock")):
+        try:
+            known = json.loads(cache.read_text(encoding="utf-8"))
+            if known["facts"] == facts and set(known["rates"]) <= set(names) and known["rates"]:
+                return known["rates"], known["failed"]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        rates, failed = measure(plan, names)
+        content = {"facts": facts, "rates": rates, "failed": failed}
+        replace_bytes(cache, [json.dumps(content).encode()])
+        return rates, failed
+
+
+def _versions() -> dict[str, str]:
+    names = {
+        distribution.metadata["Name"]: distribution.version
+        for distribution in importlib.metadata.distributions()
+        if distribution.metadata["Name"] in ("av", "pillow")
+        or str(distribution.metadata["Name"]).startswith("nvidia-dali")
+    }
+    return dict(sorted(names.items()))
+
+
+def measure(plan: DecoderPlan, names: Sequence[str]) -> tuple[dict[str, float], dict[str, str]]:
+    """Clips/s of each decoder on the same samples, and the reasons of those that do not work.
+
+    Each is built, warmed up by one group and then reads three; its clips must be those of "pyav".
+    """
+    source = plan.source
+    count = min(plan.max_samples, len(source))
+    step = max(1, len(source) // (4 * count))
+    picked = [source.sample(0, (k * step) % len(source)) for k in range(4 * count)]
+    groups = [picked[first : first + count] for first in range(0, len(picked), count)]
+    rates: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    reference: torch.Tensor | None = None
+    for name in sorted(names, key=lambda name: name != "pyav"):
+        decoder: Decoder | None = None
+        try:
+            decoder = plan.build(name)
+            clips = decoder.finish(decoder.submit(groups[0])).cpu()
+            if reference is None:
+                reference = clips
+            difference = (clips.float() - reference.float()).abs().mean().item()
+            if clips.shape != reference.shape or difference > _MOST_DIFFERENCE:
+                failed[name] = f"its frames differ by {difference:.0f} levels"
+                continue
+            start = time.perf_counter()
+            submitted = [decoder.submit(group) for group in groups[1:]]
+            for each in submitted:
+                decoder.finish(each)
+            if plan.device.type == "cuda":
+                torch.cuda.synchronize(plan.device)
+            rates[name] = (len(picked) - count) / (time.perf_counter() - start)
+        except (DataError, RuntimeError) as error:
+            failed[name] = " ".join(str(error).split())[-120:]
+        finally:
+            if decoder is not None:
+                decoder.close()
+    if not rates:  # the first batch will say what is wrong
+        rates["pyav"] = 0.0
+    return rates, failed

@@ -1,0 +1,111 @@
+"""The choice of a decoder by measurement, remembered and checked."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipelines import decoders
+from pipelines.config import AugmentConfig, LoaderConfig, SamplingConfig
+from pipelines.datasets import Dataset
+from pipelines.decoders import DecoderPlan, measure
+from pipelines.loader import Loader, build_loader
+from pipelines.source import Sample
+
+MakeVideo = Callable[..., Path]
+MakeDataset = Callable[[Sequence[Path]], Dataset]
+pytestmark = pytest.mark.needs_dali
+
+
+def open_loader(dataset: Dataset, decoder: str = "auto") -> Loader:
+    return build_loader(
+        dataset,
+        split="val",
+        sampling=SamplingConfig(num_segments=4),
+        augment=AugmentConfig(size=32, resize=32),
+        loader=LoaderConfig(decoder=decoder, threads=1),  # type: ignore[arg-type]
+        seed=3,
+        micro_batch=2,
+        global_batch=2,
+    )
+
+
+@pytest.fixture
+def dataset(make_video: MakeVideo, make_dataset: MakeDataset) -> Dataset:
+    return make_dataset([make_video(f"{k}.webm", video=k) for k in range(6)])
+
+
+def test_the_fastest_is_kept_and_remembered(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert "measured" not in open_loader(dataset).description  # too small to matter
+    monkeypatch.setattr(decoders, "_FEWEST_VIDEOS", 4)
+    rates = {"pyav": 30.0, "dali": 40.0}
+    calls = []
+
+    def fake(plan: DecoderPlan, names: list[str]) -> tuple[dict[str, float], dict[str, str]]:
+        calls.append(names)
+        return rates, {}
+
+    monkeypatch.setattr(decoders, "measure", fake)
+    first = open_loader(dataset)
+    assert first.description == (
+        "DALI decodes on the CPU (measured: 40 clips/s; pyav 30), 1 threads"
+    )
+    rates = {"pyav": 50.0, "dali": 40.0}
+    assert open_loader(dataset).description == first.description and len(calls) == 1
+    (cache,) = tmp_path.rglob("*.decoder.json")
+    content = json.loads(cache.read_text())
+    cache.write_text(json.dumps(content | {"facts": {"versions": "others"}}))
+    assert "PyAV decodes, DALI scales (measured: 50" in open_loader(dataset).description
+    cache.write_text("{")
+    open_loader(dataset)
+    assert calls == [["dali", "pyav"]] * 3
+    assert "measured" not in open_loader(dataset, "dali").description
+    assert len(calls) == 3
+
+
+def test_every_decoder_is_measured_and_checked(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = open_loader(dataset)
+    rates, failed = measure(loader._plan, ["dali", "pyav"])
+    assert rates.keys() == {"dali", "pyav"} and min(rates.values()) > 0 and not failed
+
+    build = DecoderPlan.build
+
+    class Wrong:
+        def __init__(self, inner: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+            self.inner, self.change, self.close = inner, change, inner.close
+
+        def submit(self, samples: Sequence[Sample]) -> Any:
+            return self.inner.submit(samples)
+
+        def finish(self, submitted: Any) -> torch.Tensor:
+            return self.change(self.inner.finish(submitted))
+
+    def fail(clips: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no driver\nhere")
+
+    for change, reason in ((lambda clips: clips.flip(2), "differ by"), (fail, "no driver here")):
+        monkeypatch.setattr(
+            DecoderPlan,
+            "build",
+            lambda plan, name, change=change: (
+                Wrong(build(plan, name), change) if name == "dali" else build(plan, name)
+            ),
+        )
+        rates, failed = measure(loader._plan, ["dali", "pyav"])
+        assert rates.keys() == {"pyav"} and reason in failed["dali"]
+
+
+def test_decoders_that_cannot_read_the_set(
+    dataset: Dataset, make_video: MakeVideo, make_dataset: MakeDataset
+) -> None:
+    with pytest.raises(ValueError, match=r"'dali_gpu': there is no GPU; pass --loader\.decoder"):
+        open_loader(dataset, "dali_gpu")
+    mixed = make_dataset([make_video("a.webm"), make_video("b.mp4", codec="libx264")])
+    assert "(DALI does not decode h264 on the CPU)" in open_loader(mixed).description
