@@ -4,13 +4,15 @@ import sys
 from collections.abc import Callable, Sequence
 
 import accel
-from accel.cli import convert, data, doctor, evaluate, models, recipes, train
+from accel.cli import convert, data, doctor, evaluate, models, recipes, reproduce, train
 from accel.cli.rendering import run_guarded
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train.main, "train and evaluate a recipe (the same as train.py)"),
     "evaluate": (evaluate.main, "test a trained network with several views, store its scores"),
     "ensemble": (evaluate.ensemble_main, "add stored scores of several models"),
+    "reproduce": (reproduce.main, "train and test a published row, compare, report"),
+    "results": (reproduce.results_main, "the table of published and measured results"),
     "data": (data.main, "lists of known datasets from their official annotation files"),
     "convert": (convert.main, "convert a checkpoint between our layout and published ones"),
     "models": (models.main, "list the networks with their parameters and multiply-adds"),

@@ -1,0 +1,155 @@
+"""From official annotations to the report of a published row, at a small scale; the table."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from accel.cli.main import main
+from accel.engine.published import published_rows
+from accel.engine.results import BEGIN, END, insert_table, load_reports, results_table
+from accel.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = """
+    --model.depth 18 --model.width 8 --model.stages 4 --augment.size 32 --augment.resize 36
+    --train.global_batch 4 --train.micro_batch 2 --loader.threads 1 --run.threads 1
+    --run.device cpu --log.tensorboard false --optim.lr 0.001
+""".split()
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory):
+    """Something-Something V1 in its layout: frame folders by number, official CSV files."""
+    from PIL import Image
+
+    root, lists = tmp_path_factory.mktemp("frames"), tmp_path_factory.mktemp("lists")
+    labels = ROOT / "tests" / "data" / "label_maps" / "something_v1.txt"
+    names = labels.read_text(encoding="utf-8").splitlines()
+    rng = np.random.default_rng(0)
+    rows = {"train": [], "validation": []}
+    for video in range(1, 25):
+        (root / str(video)).mkdir()
+        base = rng.integers(0, 255, (12, 15, 3), dtype=np.uint8)
+        for number in range(1, 15):
+            moved = Image.fromarray(np.roll(base, number, axis=1)).resize((60, 48))
+            moved.save(root / str(video) / f"{number:05d}.jpg")
+        rows["train" if video <= 16 else "validation"].append(f"{video};{names[video % 5]}")
+    prefix = lists / "something-something-v1-"
+    Path(f"{prefix}labels.csv").write_text("\n".join(names))
+    for key, lines in rows.items():
+        Path(f"{prefix}{key}.csv").write_text("\n".join(lines))
+    return root, lists
+
+
+def _import(frames, numbering):
+    root, lists = frames
+    command = ["data", "import", "sthv1", "--annotations", str(lists), "--media", str(root)]
+    assert main([*command, "--numbering", numbering]) == 0
+    return ["--data.root", str(root)]
+
+
+@pytest.mark.parametrize(
+    ("name", "numbering", "rows", "recipes"),
+    [
+        ("tanet_r50_8f_sthv1", "official", 2, 1),
+        ("msn_sthv1_8f", "alphabetical", 1, 1),
+        ("mas_sthv1_ensemble_2x3", "alphabetical", 1, 2),
+        ("ams_sthv1_8f_star_1crop", "alphabetical", 1, 1),
+    ],
+)
+def test_the_whole_chain_of_each_system(frames, tmp_path, capsys, name, numbering, rows, recipes):
+    data = _import(frames, numbering)
+    out = tmp_path / "out"
+    command = ["reproduce", name, *data, "--out", str(out), "--scale", "0.01", *SMALL]
+    assert main(command) == 3
+    assert "16 videos, the published list has 86017" in capsys.readouterr().err
+    assert main([*command, "--accept-data", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((out / "report.json").read_text())
+    assert len(report["rows"]) == rows and len(report["runs"]) == recipes
+    assert len(report["data_problems"]) == 2
+    for row in report["rows"]:
+        assert len(row["recipes"]) == recipes
+        for key, difference in row["difference"].items():
+            assert difference == pytest.approx(
+                row["measured"][key] - row["published"][key], abs=0.01
+            )
+    for run in report["runs"].values():
+        assert run["videos"] == {"train": 4, "val": 1} and run["iterations"] == 1
+        assert run["deviations"]["model.depth"] == [50, 18]
+        assert run["deviations"]["published.init"] == ["imagenet", "random"]
+        assert "data.root" not in run["deviations"]
+    with pytest.raises(ConfigError, match="such a run measures no row"):
+        load_reports([out / "report.json"])
+    # The same command finds everything done.
+    assert main([*command, "--accept-data"]) == 0
+    assert "published" in capsys.readouterr().out
+
+
+def test_a_dry_run_measures_and_writes_nothing(frames, tmp_path, capsys):
+    data = _import(frames, "alphabetical")
+    out = tmp_path / "out"
+    capsys.readouterr()
+    command = ["reproduce", "mas_sthv1_8f_2x3", *data, "--out", str(out), *SMALL]
+    assert main([*command, "--accept-data", "--dry-run", "--json"]) == 0
+    (preview,) = json.loads(capsys.readouterr().out)
+    assert preview["total_steps"] == 70 * (16 // 4)
+    assert preview["test_views"] == 8 * 6 and preview["protocols"] == ["2x3"]
+    assert preview["disk_gib"] > 0 and preview["train_hours"] > 0
+    assert not out.exists()
+
+
+def test_wrong_data_is_named_before_the_first_step(frames, tmp_path, capsys):
+    data = _import(frames, "official")
+    command = ["--out", str(tmp_path / "out"), *SMALL]
+    assert main(["reproduce", "masnet_r50_8f_sthv1", *data, *command]) == 3
+    assert "numbered in the official order, the recipe's in the alphabetical" in (
+        capsys.readouterr().err
+    )
+    assert main(["reproduce", "masnet_r50_8f_sthv2", *data, *command]) == 3
+    assert "the lists are those of sthv1, the recipe's are sthv2" in capsys.readouterr().err
+    assert main(["reproduce", "masnet_r50_16f_k400", *data, *command]) == 3
+    assert "expected 400 class names" in capsys.readouterr().err
+    assert main(["reproduce", "mas_sthv1_8f_1x1", "--data.root", "/nowhere", *command]) == 3
+    assert "expected a folder" in capsys.readouterr().err
+    assert main(["reproduce", "demo_motion8", *command]) == 2
+    assert main(["reproduce", "mas_sthv1_8f_1x1", *data, "--scale", "0", *command]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def _report(name, scale=1.0):
+    return {
+        "rows": [{"row": name, "measured": {"top1": 49.3, "top5": 77.8, "mean_class": 41.0}}],
+        "scale": scale,
+        "processes": 4,
+        "data_problems": [],
+        "environment": {"device": "Some GPU"},
+        "runs": {"r": {"deviations": {"precision.mode": ["fp32", "bf16"]}}},
+    }
+
+
+def test_the_table_has_every_row_and_what_was_measured(tmp_path):
+    table = results_table([_report("mas_sthv1_8f_1x1")])
+    assert len(table.splitlines()) == 2 + len(published_rows())
+    line = next(line for line in table.splitlines() if line.startswith("| mas_sthv1_8f_1x1 "))
+    assert "| 49.2 | 49.3 | 4 x Some GPU (1 deviations) |" in line
+    other = next(line for line in table.splitlines() if line.startswith("| ams_gym99_16f "))
+    assert other.endswith("| 94.3 (91.9) |  |  |")
+    path = tmp_path / "r.md"
+    path.write_text(f"a\n{BEGIN}\nold\n{END}\nb\n")
+    insert_table(path, table)
+    insert_table(path, table)
+    assert path.read_text() == f"a\n{BEGIN}\n\n{table}\n{END}\nb\n"
+    path.write_text("no markers")
+    with pytest.raises(ConfigError, match="one pair of the lines"):
+        insert_table(path, table)
+
+
+def test_the_readme_holds_the_generated_table(tmp_path):
+    reports = load_reports(sorted((ROOT / "profile" / "results").glob("reproduce-*.json")))
+    copy = tmp_path / "README.md"
+    copy.write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    insert_table(copy, results_table(reports))
+    assert copy.read_text(encoding="utf-8") == (ROOT / "README.md").read_text(encoding="utf-8")
