@@ -36,7 +36,7 @@ class DaliVideo:
         threads: int,
         size: int,
         antialias: bool,
-        read_frames: Callable[[Sample], npt.NDArray[np.uint8]] | None = None,
+        read_frames: Callable[..., npt.NDArray[np.uint8]] | None = None,
         images: bool = False,
         device_id: int | None = None,
         steps: Steps,
@@ -49,8 +49,8 @@ class DaliVideo:
             threads: CPU threads of the pipeline.
             size: output height and width, px.
             antialias: low-pass filter when shrinking.
-            read_frames: gives the frames [F, H, W, 3] of a sample, called from a pool of `threads`
-                threads; None = DALI decodes.
+            read_frames: gives the frames [F, H, W, 3] of a sample, or a `window` of them, called
+                from a pool of `threads` threads; None = DALI decodes.
             images: the samples are folders of frames. Each frame is a sample to DALI: one operator
                 decodes all frames of all clips.
             device_id: GPU that decodes (NVDEC, nvJPEG) and transforms; None = the CPU does.
@@ -65,6 +65,10 @@ class DaliVideo:
         self._inputs: list[str] = []
         self._read_frames = read_frames
         self._images = images and read_frames is None
+        # One window of frames that are not scaled first: only it is converted to RGB, or decoded.
+        direct = steps.crop and not steps.resize and steps.num_views == 1
+        self._cut_frames = direct and read_frames is not None
+        cut_images = direct and self._images
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="accel-decode")
         self._feed: dict[str, list[Any]] = {}
         # No affinity: the pipeline shares the cores with the training threads.
@@ -93,8 +97,12 @@ class DaliVideo:
             elif self._images:
                 # Fancy upsampling of chroma, as Pillow's, is not nvJPEG's default.
                 fancy = {} if device_id is None else {"jpeg_fancy_upsampling": True}
-                encoded = per_sample("encoded")
-                clip = fn.decoders.image(encoded, device=device, **fancy)  # [H, W, 3] each
+                if cut_images:
+                    window = {"start": per_sample("start0"), "end": per_sample("end0")}
+                    options = {**window, "axis_names": "HW", "device": device, **fancy}
+                    clip = fn.decoders.image_slice(per_sample("encoded"), **options)
+                else:
+                    clip = fn.decoders.image(per_sample("encoded"), device=device, **fancy)
             else:
                 # pad_mode "none": a missing frame is an error; the default would be a black frame.
                 clip = fn.decoders.video(
@@ -110,7 +118,7 @@ class DaliVideo:
             outputs = []
             for k in range(steps.num_views):
                 view = clip
-                if steps.crop:
+                if steps.crop and not cut_images and not self._cut_frames:
                     start, end = per_sample(f"start{k}"), per_sample(f"end{k}")
                     view = fn.slice(view, start=start, end=end, axis_names="HW")
                 if steps.scale:
@@ -184,7 +192,8 @@ class DaliVideo:
         unique, gather = np.unique(sample.frame_indices, return_inverse=True)
         values = {"gather": gather.astype(np.int32)}
         if self._read_frames is not None:
-            decoded = self._read_frames(replace(sample, frame_indices=unique))
+            window = sample.views[0].window if self._cut_frames else None
+            decoded = self._read_frames(replace(sample, frame_indices=unique), window=window)
             return {**values, "decoded": decoded}
         if self._images:
             contents = read_encoded(sample.path, sample.info, unique.tolist())

@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,19 @@ _CAN_SKIP = frozenset(("h264", "hevc"))
 RGB = npt.NDArray[np.uint8]
 
 
-def read_frames(sample: Sample, counts: Counter[str] | None = None) -> RGB:
-    """The frames of a sample, uncropped.
+Window = tuple[int, int, int, int]
+
+
+def read_frames(
+    sample: Sample, counts: Counter[str] | None = None, *, window: Window | None = None
+) -> RGB:
+    """The frames of a sample.
 
     Args:
         sample: what to read.
         counts: "trimmed" or "whole" is raised by one: whether the packet table was enough, or the
             file was decoded from its start. Folders of frames are not counted.
+        window: (x0, y0, width, height) cut from every frame, px; None = whole frames.
 
     Returns:
         [F, H, W, 3] uint8 RGB, frame k being `sample.frame_indices[k]`.
@@ -36,44 +43,62 @@ def read_frames(sample: Sample, counts: Counter[str] | None = None) -> RGB:
         MediaError: the file cannot be read or does not give these frames.
     """
     unique, gather = np.unique(sample.frame_indices, return_inverse=True)
-    wanted = [int(index) for index in unique]
+    wanted = {int(index): place for place, index in enumerate(unique)}
+    x0, y0, width, height = window or (0, 0, sample.info.width, sample.info.height)
     if sample.info.kind.frame_name:
-        images = read_images(sample.path, sample.info, wanted)
-        return images if np.array_equal(unique, sample.frame_indices) else images[gather]
-    frames = None
-    if sample.info.packets is not None:
-        frames = _read_spans(sample, sample.info.packets, wanted)
-        if frames is None:
-            _LOG.warning("%s: frames are missing after a keyframe; decoding whole", sample.path)
-    if counts is not None:
-        counts["whole" if frames is None else "trimmed"] += 1
-    if frames is None:
-        frames = _read_by_count(sample, wanted)
-    shape = (sample.info.height, sample.info.width, 3)
-    wrong = next((frame.shape for frame in frames if frame.shape != shape), None)
-    if wrong:
-        problem = f"expected frames of {shape[1]} x {shape[0]} px, got {wrong[1]} x {wrong[0]}."
-        raise MediaError(sample.path, problem)
-    stacked = np.stack(frames)
-    return stacked if np.array_equal(unique, sample.frame_indices) else stacked[gather]
+        images = read_images(sample.path, sample.info, list(wanted))
+        pixels = images[:, y0 : y0 + height, x0 : x0 + width]
+    else:
+        pixels = np.empty((len(wanted), height, width, 3), np.uint8)
+        reformatter = _reformatter()
+
+        def store(frame: Any, index: int) -> None:
+            """The window of a frame, with one copy."""
+            if (frame.width, frame.height) != (sample.info.width, sample.info.height):
+                expected = f"expected frames of {sample.info.width} x {sample.info.height} px"
+                problem = f"{expected}, got {frame.width} x {frame.height}."
+                raise MediaError(sample.path, problem)
+            plane = reformatter.reformat(frame, format="rgb24").planes[0]
+            rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+            cut = rows[y0 : y0 + height, 3 * x0 : 3 * (x0 + width)]
+            pixels[wanted[index]] = cut.reshape(height, width, 3)
+
+        whole = True
+        if sample.info.packets is not None:
+            whole = not _read_spans(sample, sample.info.packets, list(wanted), store)
+            if whole:
+                _LOG.warning("%s: frames are missing after a keyframe; decoding whole", sample.path)
+        if whole:
+            _read_by_count(sample, list(wanted), store)
+        if counts is not None:
+            counts["whole" if whole else "trimmed"] += 1
+    return pixels if np.array_equal(unique, sample.frame_indices) else pixels[gather]
 
 
-def _read_spans(sample: Sample, table: PacketTable, wanted: list[int]) -> list[RGB] | None:
-    """Decode the packets that lead to the frames; None = some frame did not come so."""
+def _reformatter() -> Any:
+    """Converts frames to RGB; keeps its tables from one frame to the next."""
+    from av.video.reformatter import VideoReformatter
+
+    return VideoReformatter()
+
+
+def _read_spans(
+    sample: Sample, table: PacketTable, wanted: list[int], store: Callable[[Any, int], None]
+) -> bool:
+    """Decode the packets that lead to the frames; False = some frame did not come so."""
     import av
 
     spans = table.spans(wanted)
     contents = iter(read_packets(sample.path, table, np.concatenate(spans), sample.info.size_bytes))
     kind = sample.info.kind
     skips = kind.regular and kind.codec in _CAN_SKIP
-    found: dict[int, RGB] = {}
     missing = set(wanted)
 
     def take(frames: Any) -> None:
         for frame in frames:
             if frame.pts in missing:
                 missing.remove(frame.pts)
-                found[frame.pts] = frame.to_ndarray(format="rgb24")
+                store(frame, frame.pts)
 
     try:
         decoder = open_decoder(
@@ -91,26 +116,28 @@ def _read_spans(sample: Sample, table: PacketTable, wanted: list[int]) -> list[R
             take(decoder.decode(None))
     except av.FFmpegError as error:
         raise MediaError(sample.path, f"cannot be decoded: {error}.") from error
-    return None if missing else [found[index] for index in wanted]
+    return not missing
 
 
-def _read_by_count(sample: Sample, wanted: list[int]) -> list[RGB]:
+def _read_by_count(sample: Sample, wanted: list[int], store: Callable[[Any, int], None]) -> None:
     """Decode from the start and count."""
     import av
 
-    found: list[RGB] = []
+    missing = iter([*wanted, -1])
+    next_one = next(missing)
     with open_video(sample.path) as container:
         container.streams.video[0].thread_type = "NONE"
         try:
             for index, frame in enumerate(container.decode(video=0)):
-                if index == wanted[len(found)]:
-                    found.append(frame.to_ndarray(format="rgb24"))
-                    if len(found) == len(wanted):
-                        return found
+                if index == next_one:
+                    store(frame, index)
+                    next_one = next(missing)
+                    if next_one < 0:
+                        return
         except av.FFmpegError as error:
             raise MediaError(sample.path, f"cannot be decoded: {error}.") from error
     raise MediaError(
         sample.path,
-        f"expected {sample.info.num_frames} frames as indexed, but frame {wanted[len(found)]} "
+        f"expected {sample.info.num_frames} frames as indexed, but frame {next_one} "
         "(0-based) does not come; the file is damaged or was replaced.",
     )

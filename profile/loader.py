@@ -31,7 +31,7 @@ from pipelines.loader import Loader, build_loader
 from pipelines.synthetic import dead_leaves
 
 WIDTH, HEIGHT, FRAMES, FPS, SIZE = 340, 256, 300, 30, 224
-REPEATS = 4  # of each video in a pass
+REPEATS = 8  # of each video in a pass
 CODECS: dict[str, tuple[str, str, dict[str, str]]] = {
     "vp9": ("libvpx-vp9", "webm", {"deadline": "realtime", "cpu-used": "6", "crf": "33", "b": "0"}),
     "h264": ("libx264", "mp4", {"preset": "medium", "crf": "23"}),

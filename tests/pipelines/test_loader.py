@@ -362,7 +362,7 @@ def test_hanging_decoder_is_an_error(
 ) -> None:
     released = threading.Event()
     loader = open_loader(dataset, "val", decoder="torch", timeout_s=0.3)
-    monkeypatch.setattr("pipelines.fallback.read_frames", lambda sample: released.wait(30))
+    monkeypatch.setattr("pipelines.fallback.read_frames", lambda sample, **_: released.wait(30))
     monkeypatch.setattr("pipelines.prefetch.JOIN_TIMEOUT_S", 0.1)
     with (
         caplog.at_level(logging.WARNING),
