@@ -47,7 +47,7 @@ def read_frames(
     x0, y0, width, height = window or (0, 0, sample.info.width, sample.info.height)
     if sample.info.kind.frame_name:
         images = read_images(sample.path, sample.info, list(wanted))
-        pixels = images[:, y0 : y0 + height, x0 : x0 + width]
+        pixels = np.ascontiguousarray(images[:, y0 : y0 + height, x0 : x0 + width])
     else:
         pixels = np.empty((len(wanted), height, width, 3), np.uint8)
         reformatter = _reformatter()

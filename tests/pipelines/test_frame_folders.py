@@ -19,7 +19,12 @@ from pipelines.loader import Loader, build_loader
 
 MakeFrames = Callable[..., Path]
 ReadCode = Callable[[np.ndarray], tuple[int, int]]
-DECODERS = [pytest.param("dali", marks=pytest.mark.needs_dali), "torch"]
+# dali: DALI decodes; pyav: Pillow decodes, DALI scales; torch: without DALI.
+DECODERS = [
+    pytest.param("dali", marks=pytest.mark.needs_dali),
+    pytest.param("pyav", marks=pytest.mark.needs_dali),
+    "torch",
+]
 
 
 def open_set(root: Path, lines: str, **data: Any) -> Dataset:
@@ -35,7 +40,9 @@ def open_loader(dataset: Dataset, decoder: str, split: str = "val", **changes: A
         arguments: dict[str, Any] = {
             "sampling": SamplingConfig(num_segments=4),
             "augment": AugmentConfig(size=64, resize=64, flip=False),
-            "loader": LoaderConfig(threads=2, timeout_s=60),
+            "loader": LoaderConfig(
+                decoder="pyav" if decoder == "pyav" else "auto", threads=2, timeout_s=60
+            ),
             "seed": 1,
             "micro_batch": 2,
             "global_batch": 2,
