@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import kernels
 from accel.errors import ConfigError
 from accel.models.norm import BatchNormAct2d
+from accel.models.patch_conv import PatchConv2d
 
 
 def clip_view(frames: Tensor, num_segments: int) -> Tensor:
@@ -55,7 +56,8 @@ class ConvNorm(nn.Module):
     ) -> None:
         super().__init__()
         padding = (kernel_size[0] // 2, kernel_size[1] // 2)
-        self.conv = nn.Conv2d(
+        conv = nn.Conv2d if stride == 1 else PatchConv2d
+        self.conv = conv(
             in_channels,
             out_channels,
             kernel_size,
