@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from accel.engine.config import Recipe, resolved_sampling
 from accel.engine.distributed import World
+from accel.engine.memory import keep_freed_memory
 from accel.engine.optim import OptimConfig, Optimizer
 from accel.engine.precision import Precision, PrecisionConfig
 from accel.engine.run import environment
@@ -328,6 +329,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that the command reports."""
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.device == "cpu":
+        keep_freed_memory()
     set_deterministic(False)
     labels = [label for label in args.models.split(",") if label] or list_models()
     dataset = None

@@ -19,6 +19,7 @@ from accel.engine.distributed import World
 from accel.engine.evaluate import evaluate
 from accel.engine.gpu_sampling import GpuSampler
 from accel.engine.journal import Journal, Progress, read_journal, rewind_journal
+from accel.engine.memory import keep_freed_memory
 from accel.engine.metrics import Scores
 from accel.engine.optim import Optimizer
 from accel.engine.precision import Precision
@@ -72,6 +73,8 @@ class Trainer:
         self.device = resolve_device(recipe.run.device, self.world.local_rank)
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         set_deterministic(recipe.run.deterministic)
         self.precision = Precision(
             recipe.precision,

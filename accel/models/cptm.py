@@ -56,7 +56,8 @@ class ConvNorm(nn.Module):
     ) -> None:
         super().__init__()
         padding = (kernel_size[0] // 2, kernel_size[1] // 2)
-        conv = nn.Conv2d if stride == 1 else PatchConv2d
+        patches = groups == 1 and kernel_size[0] == kernel_size[1]
+        conv = PatchConv2d if patches else nn.Conv2d
         self.conv = conv(
             in_channels,
             out_channels,
