@@ -1,7 +1,6 @@
 """Lists of videos: strict parsing with `path:line:` errors."""
 
 import hashlib
-import io
 import logging
 import re
 from array import array
@@ -54,7 +53,7 @@ class VideoSet(Sequence[VideoRecord]):
         for row in rows:
             names += row[0].encode("utf-8", "surrogateescape")
             ends.append(len(names))
-            numbers.extend((*row[1:], 0, 0)[:3])
+            numbers.extend(row[1:] if len(row) == 4 else (*row[1:], 0, 0)[:3])
         self._names = bytes(names)
         self._ends = np.frombuffer(ends, np.int64)
         self._numbers = np.frombuffer(numbers, np.int32).reshape(-1, 3)
@@ -92,8 +91,14 @@ class VideoSet(Sequence[VideoRecord]):
     def fingerprint(self) -> str:
         """sha256 (hex) over names, labels and order; independent of where the root is."""
         digest = hashlib.sha256()
+        ends = self._ends.tolist()
         for first in range(0, len(self), 10_000):
-            digest.update(format_list(self[first : first + 10_000]).encode())
+            rows = self._numbers[first : first + 10_000].tolist()
+            lines = [
+                _line(self._names[ends[k] : ends[k + 1]].decode("utf-8", "surrogateescape"), *row)
+                for k, row in enumerate(rows, start=first)
+            ]
+            digest.update("".join(lines).encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
     @cached_property
@@ -105,12 +110,14 @@ class VideoSet(Sequence[VideoRecord]):
 
 def format_list(records: Iterable[VideoRecord]) -> str:
     """The text of a list file, one `<path><tab>[<offset><tab>][<frames><tab>]<label>` per line."""
-    lines = []
-    for record in records:
-        numbers = [record.offset] if record.offset else []
-        numbers += [record.num_frames] if record.num_frames else []
-        lines.append("\t".join([record.name, *map(str, numbers), str(record.label)]))
-    return "".join(f"{line}\n" for line in lines)
+    return "".join(_line(r.name, r.label, r.num_frames, r.offset) for r in records)
+
+
+def _line(name: str, label: int, num_frames: int, offset: int) -> str:
+    if not num_frames:
+        return f"{name}\t{label}\n"
+    shifted = f"{offset}\t" if offset else ""
+    return f"{name}\t{shifted}{num_frames}\t{label}\n"
 
 
 def read_list(
@@ -137,18 +144,25 @@ def read_list(
     Raises:
         AnnotationError: the first line that cannot be used, or an empty list.
     """
-    videos = VideoSet(root, _rows(path, root, num_classes, allow_outside_root, kind))
+    hashes = array("q")
+    videos = VideoSet(root, _rows(path, root, num_classes, allow_outside_root, kind, hashes))
     if not len(videos):
         raise AnnotationError(path, 'the list is empty; expected one "<path> <label>" per line.')
-    repeated = len(videos) - len({videos._name(index) for index in range(len(videos))})
+    repeated = len(videos) - len(np.unique(np.frombuffer(hashes, np.int64)))
     if repeated:
         _LOG.warning("%s: %d of %d lines repeat a path; kept", path, repeated, len(videos))
     return videos
 
 
 def _rows(
-    path: Path, root: Path, num_classes: int, allow_outside_root: bool, kind: str
+    path: Path,
+    root: Path,
+    num_classes: int,
+    allow_outside_root: bool,
+    kind: str,
+    hashes: "array[int]",
 ) -> Iterator[Row]:
+    """The rows of a list; appends a hash of each name."""
     forms = {"videos": (2,), "frames": (3, 4), "auto": (2, 3, 4)}[kind]
     columns = 0
     for line_number, line in _lines(path):
@@ -172,6 +186,7 @@ def _rows(
             raise AnnotationError(path, problem, line_number)
         if refusal := _path_problem(name, root, allow_outside_root):
             raise AnnotationError(path, refusal, line_number)
+        hashes.append(hash(name))
         if columns == 2:
             yield name, int(label)
             continue
@@ -204,19 +219,26 @@ def read_class_names(path: Path) -> tuple[str, ...]:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """(1-based number, text) of the lines that are not blank; handles BOM and CRLF."""
     try:
-        content = path.read_bytes()
+        with path.open(encoding="utf-8-sig", newline="\n") as handle:
+            for line_number, line in enumerate(handle, start=1):
+                if stripped := line.strip():
+                    yield line_number, stripped
     except OSError as error:
         reason = error.strerror or str(error)
         raise AnnotationError(path, f"cannot be read: {reason}.") from error
-    try:
-        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line_number = content.count(b"\n", 0, error.start) + 1
-        problem = f"expected UTF-8 text, got byte 0x{content[error.start]:02x}."
+        line_number, byte = _first_bad_byte(path.read_bytes())
+        problem = f"expected UTF-8 text, got byte 0x{byte:02x}."
         raise AnnotationError(path, problem, line_number) from error
-    for line_number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
-        if line.strip():
-            yield line_number, line.strip()
+
+
+def _first_bad_byte(content: bytes) -> tuple[int, int]:
+    """(1-based line, byte) of the first byte that is no UTF-8."""
+    try:
+        content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return content.count(b"\n", 0, error.start) + 1, content[error.start]
+    return 1, 0  # the file was changed in between
 
 
 def _path_problem(name: str, root: Path, allow_outside_root: bool) -> str | None:

@@ -155,16 +155,23 @@ def measure(name: str, dataset: Dataset, args: argparse.Namespace) -> list[dict[
     for peer, reader in readers.items():
         sources[peer] = Peer(reader, clips, batch=args.batch, workers=workers, size=SIZE)
     turns: dict[str, list[tuple[float, float]]] = {source: [] for source in sources}
-    for source in sources.values():  # starts workers, opens libraries, fills the page cache
-        turn(source)
-    for _ in range(args.turns):
-        for source, runs in turns.items():
-            runs.append(turn(sources[source]))
+    for number in range(-1, args.turns):
+        for key in list(turns):
+            try:
+                result = turn(sources[key])
+            except RuntimeError as error:  # of a DataLoader whose worker hangs or dies
+                missing[key] = " ".join(str(error).split())[:100]
+                print(f"{name:12} {key:18} not measured: {missing[key]}")
+                sources.pop(key).close()
+                del turns[key]
+                continue
+            if number >= 0:  # the first starts workers, opens libraries, fills the page cache
+                turns[key].append(result)
     for source_ in sources.values():
         source_.close()
     rates = {key: statistics.median(rate for rate, _ in runs) for key, runs in turns.items()}
     cpu = {key: min(cost for _, cost in runs) for key, runs in turns.items()}
-    peers = {key: rates[key] for key in readers}
+    peers = {key: rates[key] for key in readers if key in rates}
     rows = []
     for decoder, source in ours.items():
         best = {"best": max(peers.values(), default=0.0)}

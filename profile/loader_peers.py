@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+_TIMEOUT_S = 60  # decord's workers have been seen to hang
 Reader = Callable[[str, Sequence[int]], np.ndarray]
 Clip = tuple[str, list[int]]
 
@@ -171,6 +172,7 @@ class Peer:
             persistent_workers=True,
             worker_init_fn=_one_thread,
             multiprocessing_context="spawn",
+            timeout=_TIMEOUT_S,
         )
 
     def batches(self) -> Iterator[torch.Tensor]:
