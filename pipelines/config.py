@@ -71,6 +71,11 @@ class DataConfig:
     """Share of each class (0..1, both excluded) that is held out for validation when class folders
     come without `train/` and `val/`. The choice depends on file names only."""
 
+    deny_list: str = ""
+    """File with `<path><tab><reason>` lines (written by `accel data check`): these training videos
+    are left out, and counted; a validation video in it is refused, because every one counts.
+    Relative to `root`, or absolute. "" = none."""
+
     allow_outside_root: bool = False
     """Permit absolute paths and `..` in lists that lead out of `root`."""
 

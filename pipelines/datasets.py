@@ -1,6 +1,7 @@
 """From the `data` section to the videos of both splits: lists, class folders, generated sets."""
 
 import hashlib
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.annotations import VideoSet, read_class_names, read_list
+from pipelines.audit import read_deny_list
 from pipelines.config import DataConfig
 from pipelines.errors import AnnotationError, DataError
+
+_LOG = logging.getLogger(__name__)
 
 VIDEO_SUFFIXES = frozenset(
     ".avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split()
@@ -59,7 +63,26 @@ def open_dataset(data: DataConfig, *, progress: bool = True) -> Dataset:
         DataError: a list, or the folder, that cannot be used.
     """
     train, val, class_names = _splits(data, progress)
+    if data.deny_list:
+        train = _without_denied(train, val, train.root / data.deny_list)
     return Dataset(train, val, class_names, data.resolved_cache_dir(), data.frame_name)
+
+
+def _without_denied(train: VideoSet, val: VideoSet, path: Path) -> VideoSet:
+    denied = read_deny_list(path)
+    refused = [record.name for record in val if record.name in denied]
+    if refused:
+        raise DataError(
+            f"{len(refused)} validation videos are in the deny-list {path}, e.g. {refused[0]}: "
+            f"{denied[refused[0]]}; repair them, or remove them from the validation list."
+        )
+    rows = [
+        (record.name, record.label, record.num_frames, record.offset)
+        for record in train
+        if record.name not in denied
+    ]
+    _LOG.warning("%s: %d of %d training videos left out", path, len(train) - len(rows), len(train))
+    return VideoSet(train.root, rows)
 
 
 def _splits(data: DataConfig, progress: bool) -> _Splits:

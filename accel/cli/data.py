@@ -1,10 +1,15 @@
 """`accel data`: what concerns the videos of a dataset."""
 
+import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from accel.cli.options import Parser
 from accel.errors import ConfigError
+from pipelines.annotations import VideoSet, read_list
+from pipelines.config import DataConfig, LoaderConfig
 
 
 def main(argv: Sequence[str]) -> int:
@@ -62,6 +67,96 @@ def import_main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _add_set_options(parser: Parser) -> None:
+    parser.add_argument("--root", required=True, help="folder of the videos or frame folders")
+    parser.add_argument(
+        "--list", required=True, nargs="+", dest="lists", help="list files, relative to the root"
+    )
+    parser.add_argument("--frame-name", default="", help='e.g. "img_{:05d}.jpg"; default: as found')
+    parser.add_argument("--threads", type=int, default=0, help="0 = all cores")
+
+
+def _read_set(options: argparse.Namespace) -> list[tuple[Path, VideoSet]]:
+    root = Path(options.root).expanduser().absolute()
+    if not root.is_dir():
+        raise ConfigError(f"--root: expected a folder, got '{root}'.")
+    return [(root / name, read_list(root / name, root=root)) for name in options.lists]
+
+
+def check_main(argv: Sequence[str]) -> int:
+    """Audit lists and media; write the deny-list."""
+    from pipelines.audit import Finding, audit, format_deny_list
+    from pipelines.cache import replace_bytes
+
+    parser = Parser(
+        prog="accel data check",
+        description="Open and decode every video of some lists; print what is wrong, and write "
+        "what training must not use to a deny-list (data.deny_list). Exit code 3 if there is any.",
+    )
+    _add_set_options(parser)
+    parser.add_argument("--quick", action="store_true", help="do not decode")
+    parser.add_argument("--out", default="deny.txt", help="deny-list, relative to the root")
+    options = parser.parse_args(argv)
+    threads = options.threads or LoaderConfig().resolved_threads()
+    findings: list[Finding] = []
+    checked = 0
+    for path, videos in _read_set(options):
+        checked += len(videos)
+        repeated = len(videos) - len({record.name for record in videos})
+        if repeated:
+            print(f"{path}: {repeated} lines repeat a path")
+        for finding in audit(
+            videos, threads=threads, frame_name=options.frame_name, decode=not options.quick
+        ):
+            findings.append(finding)
+            print(f"{'bad ' if finding.fatal else 'note'} {finding.record.name}: {finding.reason}")
+    denied = format_deny_list(findings)
+    count = denied.count("\n")
+    print(f"{checked} lines checked, {count} videos cannot be used")
+    if not count:
+        return 0
+    out = Path(options.root).expanduser() / options.out
+    replace_bytes(out, [denied.encode()])
+    print(f"deny-list: {out} (--data.deny_list)")
+    return 3
+
+
+def stats_main(argv: Sequence[str]) -> int:
+    """What a set consists of."""
+    from pipelines.media_index import index_videos
+
+    parser = Parser(
+        prog="accel data stats",
+        description="Videos, classes, frames, sizes, codecs of some lists, from the media index.",
+    )
+    _add_set_options(parser)
+    options = parser.parse_args(argv)
+    threads = options.threads or LoaderConfig().resolved_threads()
+    for path, videos in _read_set(options):
+        index = index_videos(
+            videos,
+            cache_dir=DataConfig().resolved_cache_dir(),
+            threads=threads,
+            frame_name=options.frame_name,
+        )
+        frames = index.num_frames
+        classes = np.bincount(videos.labels)
+        used = classes[classes > 0]
+        print(path)
+        print(f"  videos     {len(videos)}")
+        print(f"  classes    {len(used)}, {used.min()} to {used.max()} videos each")
+        print(f"  frames     {frames.min()} to {frames.max()}, median {np.median(frames):.0f}")
+        sizes = ", ".join(f"{width} x {height}" for width, height in index.sizes[:5])
+        more = f" and {len(index.sizes) - 5} more" if len(index.sizes) > 5 else ""
+        print(f"  sizes      {sizes}{more}")
+        for kind, example in index.kinds:
+            name = kind.frame_name or f"{kind.codec} {kind.pixel_format} in {kind.container}"
+            print(f"  {'files':10} {name}, e.g. {videos[example].name}")
+    return 0
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "check": (check_main, "audit lists and media, write the deny-list"),
+    "stats": (stats_main, "videos, classes, frames, sizes and codecs of lists"),
     "import": (import_main, "lists of a known dataset from its official annotation files"),
 }

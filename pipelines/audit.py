@@ -1,0 +1,157 @@
+"""Audit of a set: every file of its lists, opened and decoded whole.
+
+Decoders make up for damage without a word: black or repeated frames, other pixels, fewer frames.
+What this finds goes into a deny-list.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from pipelines.annotations import VideoRecord, VideoSet
+from pipelines.errors import AnnotationError, MediaError
+from pipelines.images import find_frame_name, probe_frames, read_images
+from pipelines.media import open_video, probe
+
+_BLACK = 20  # luma below it (16 is black) all over the frame
+_TAIL = 3  # black frames at the end that follow a picture
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong with one video of a list."""
+
+    record: VideoRecord
+    reason: str
+    fatal: bool
+    """Whether training must not use the video; else it is only worth knowing."""
+
+
+def audit(
+    videos: VideoSet, *, threads: int, frame_name: str = "", decode: bool = True
+) -> Iterator[Finding]:
+    """The findings of every video, in the order of the list; shows a bar on a terminal.
+
+    Args:
+        videos: files, or folders of frames.
+        threads: that open and decode.
+        frame_name: names of the files in folders of frames; "" = as in the first folder.
+        decode: decode every frame; False = only what an index looks at.
+    """
+    if not frame_name and len(videos) and videos[0].path.is_dir():
+        frame_name = find_frame_name(videos[0].path)
+
+    def check(record: VideoRecord) -> list[Finding]:
+        try:
+            if frame_name:
+                return [
+                    Finding(record, text, False) for text in _folder(record, frame_name, decode)
+                ]
+            return list(_file(record, decode))
+        except MediaError as error:
+            return [Finding(record, error.problem, True)]
+
+    unique = list({record.name: record for record in videos}.values())
+    with ThreadPoolExecutor(threads, thread_name_prefix="accel-audit") as pool:
+        bar = tqdm(
+            pool.map(check, unique),
+            total=len(unique),
+            desc="checking",
+            unit="video",
+            disable=not sys.stderr.isatty(),
+        )
+        for findings in bar:
+            yield from findings
+
+
+def _file(record: VideoRecord, decode: bool) -> Iterator[Finding]:
+    import av
+
+    path = record.path
+    info = probe(path)
+    if info.packets is None:
+        yield Finding(record, "frames can only be decoded from the start of the file", False)
+    times: list[int | None] = []
+    means: list[float] = []
+    with open_video(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "NONE"
+        try:
+            if not decode:
+                times = sorted(p.pts for p in container.demux(stream) if p.pts is not None)
+            else:
+                for frame in container.decode(stream):
+                    times.append(frame.pts)
+                    if frame.is_corrupt:
+                        reason = f"frame {len(times) - 1} is damaged (the decoder filled it in)"
+                        yield Finding(record, reason, True)
+                        return
+                    luma = np.frombuffer(frame.planes[0], np.uint8)
+                    means.append(float(luma[:: max(1, luma.size // 4096)].max()))
+        except av.FFmpegError as error:
+            raise MediaError(path, f"cannot be decoded: {error}.") from error
+    if decode and len(times) != info.num_frames:
+        reason = f"{info.num_frames} frames by its packets, {len(times)} decoded"
+        yield Finding(record, reason, True)
+    black = 0
+    while black < len(means) and means[-1 - black] < _BLACK:
+        black += 1
+    if _TAIL <= black < len(means):
+        yield Finding(record, f"its last {black} of {len(means)} frames are black", True)
+    if black and black == len(means):
+        yield Finding(record, "all its frames are black", True)
+    known = np.array([time for time in times if time is not None])
+    steps = np.diff(known) if len(known) > 2 else np.zeros(1)
+    # Containers round times to their unit: neighbors may differ by one.
+    if steps.max() - steps.min() > max(1.0, 0.1 * float(np.median(steps))):
+        yield Finding(record, "its frame rate varies", False)
+
+
+def _folder(record: VideoRecord, frame_name: str, decode: bool) -> Iterator[str]:
+    info = probe_frames(record, frame_name)
+    after = info.first_number + info.num_frames
+    if record.num_frames and (record.path / frame_name.format(after)).exists():
+        yield f"the folder has more frames than the {record.num_frames} of the list"
+    frames = range(info.num_frames)
+    for first in range(0, info.num_frames, 32) if decode else ():
+        read_images(record.path, info, frames[first : first + 32])
+    if not decode:
+        for frame in frames:
+            path = record.path / frame_name.format(info.first_number + frame)
+            if not path.is_file():
+                raise MediaError(path, "the frame is missing.")
+
+
+def format_deny_list(findings: Iterable[Finding]) -> str:
+    """One `<path><tab><reason>` per video that must not be used."""
+    reasons: dict[str, str] = {}
+    for finding in findings:
+        if finding.fatal:
+            reasons.setdefault(finding.record.name, " ".join(finding.reason.split()))
+    return "".join(f"{name}\t{reason}\n" for name, reason in reasons.items())
+
+
+def read_deny_list(path: Path) -> dict[str, str]:
+    """Name -> reason.
+
+    Raises:
+        AnnotationError: the file cannot be read, or a line has no tab.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise AnnotationError(path, f"cannot be read: {error}.") from error
+    denied = {}
+    for number, line in enumerate(lines, start=1):
+        name, tab, reason = line.partition("\t")
+        if line.strip() and not tab:
+            problem = 'expected "<path><tab><reason>" as written by accel data check.'
+            raise AnnotationError(path, problem, number)
+        if line.strip():
+            denied[name] = reason
+    return denied

@@ -1,0 +1,109 @@
+"""`accel data check` finds what decoders hide; the deny-list keeps it out of training."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from accel.cli.main import main
+from pipelines.audit import read_deny_list
+from pipelines.config import DataConfig
+from pipelines.datasets import open_dataset
+from pipelines.errors import AnnotationError, DataError
+
+MakeVideo = Callable[..., Path]
+
+
+def write_list(root: Path, names: list[str], file: str = "list.txt") -> None:
+    (root / file).write_text("".join(f"{name} {k % 2}\n" for k, name in enumerate(names)))
+
+
+def black_tail(path: Path) -> None:
+    """Ten frames of a picture, then four black ones."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for index in range(14):
+            pixels = np.full((64, 96, 3), 128 if index < 10 else 0, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def test_damage_is_found_and_denied(
+    tmp_path: Path, make_video: MakeVideo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_video("good.mp4", codec="libx264")
+    make_video("vfr.mp4", codec="libx264", num_frames=5, times=[0, 1, 2, 9, 10])
+    black_tail(tmp_path / "tail.mp4")
+    path = make_video("cut.webm")
+    path.write_bytes(path.read_bytes()[:-300])
+    shutil.copy(make_video("noise.webm", num_frames=30), tmp_path / "noise.webm.copy")
+    with av.open(str(tmp_path / "noise.webm.copy")) as container:
+        packets = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+    content = (tmp_path / "noise.webm").read_bytes()
+    (tmp_path / "noise.webm").write_bytes(content.replace(packets[20], bytes(len(packets[20]))))
+    names = ["good.mp4", "vfr.mp4", "tail.mp4", "cut.webm", "noise.webm", "gone.mp4", "good.mp4"]
+    write_list(tmp_path, names)
+
+    arguments = ["data", "check", "--root", str(tmp_path), "--list", "list.txt", "--threads", "2"]
+    assert main(arguments) == 3
+    output = capsys.readouterr().out
+    assert "note vfr.mp4: its frame rate varies" in output
+    assert "bad  tail.mp4: its last 4 of 14 frames are black" in output
+    assert "1 lines repeat a path" in output and "7 lines checked, 4 videos" in output
+    denied = read_deny_list(tmp_path / "deny.txt")
+    assert denied.keys() == {"tail.mp4", "cut.webm", "noise.webm", "gone.mp4"}
+    assert "header declares" in denied["cut.webm"] and "No such file" in denied["gone.mp4"]
+
+    lists = {"train_list": "list.txt", "val_list": "val.txt", "deny_list": "deny.txt"}
+    data = DataConfig(root=str(tmp_path), **lists)
+    write_list(tmp_path, ["good.mp4", "vfr.mp4"], "val.txt")
+    dataset = open_dataset(data)
+    assert [record.name for record in dataset.train] == ["good.mp4", "vfr.mp4", "good.mp4"]
+    assert [record.label for record in dataset.train] == [0, 1, 0]
+    write_list(tmp_path, ["good.mp4", "tail.mp4"], "val.txt")
+    with pytest.raises(DataError, match=r"1 validation videos .* e\.g\. tail\.mp4: its last 4"):
+        open_dataset(data)
+    (tmp_path / "deny.txt").write_text("no tab\n")
+    with pytest.raises(AnnotationError, match=r"deny\.txt:1: expected"):
+        open_dataset(data)
+
+
+def test_a_good_set_and_its_statistics(
+    tmp_path: Path,
+    make_video: MakeVideo,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ACCEL_CACHE", str(tmp_path / "cache"))
+    names = [make_video(f"{k}.webm", num_frames=10 + k).name for k in range(3)]
+    write_list(tmp_path, names)
+    options = ["--root", str(tmp_path), "--list", "list.txt"]
+    for quick in ([], ["--quick"]):
+        assert main(["data", "check", *options, *quick]) == 0
+        assert not (tmp_path / "deny.txt").exists()
+    assert main(["data", "stats", *options]) == 0
+    output = capsys.readouterr().out
+    assert "videos     3" in output and "10 to 12, median 11" in output
+    assert "96 x 64" in output and "vp9 yuv420p in matroska,webm, e.g. 0.webm" in output
+    assert main(["data", "stats", "--root", str(tmp_path / "none"), "--list", "x"]) == 2
+
+
+def test_folders_are_checked_frame_by_frame(
+    tmp_path: Path, make_frames: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("good", "missing", "short", "cut", "size"):
+        make_frames(name, num_frames=9)
+    (tmp_path / "missing" / "00005.jpg").unlink()
+    cut = tmp_path / "cut" / "00006.jpg"
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 3])
+    Image.new("RGB", (60, 40)).save(tmp_path / "size" / "00003.jpg")
+    lines = "good 9 0\nmissing 9 1\nshort 8 0\ncut 9 1\nsize 9 0\n"
+    (tmp_path / "list.txt").write_text(lines)
+    assert main(["data", "check", "--root", str(tmp_path), "--list", "list.txt"]) == 3
+    assert "note short: the folder has more frames than the 8" in capsys.readouterr().out
+    assert read_deny_list(tmp_path / "deny.txt").keys() == {"missing", "cut", "size"}
