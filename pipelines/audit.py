@@ -33,15 +33,21 @@ class Finding:
 
 
 def audit(
-    videos: VideoSet, *, threads: int, frame_name: str = "", decode: bool = True
+    videos: VideoSet,
+    *,
+    threads: int,
+    frame_name: str = "",
+    decode: bool = True,
+    progress: bool = True,
 ) -> Iterator[Finding]:
-    """The findings of every video, in the order of the list; shows a bar on a terminal.
+    """The findings of every video, in the order of the list.
 
     Args:
         videos: files, or folders of frames.
         threads: that open and decode.
         frame_name: names of the files in folders of frames; "" = as in the first folder.
         decode: decode every frame; False = only what an index looks at.
+        progress: show a bar, if stderr is a terminal.
     """
     if not frame_name and len(videos) and videos[0].path.is_dir():
         frame_name = find_frame_name(videos[0].path)
@@ -63,7 +69,7 @@ def audit(
             total=len(unique),
             desc="checking",
             unit="video",
-            disable=not sys.stderr.isatty(),
+            disable=not progress or not sys.stderr.isatty(),
         )
         for findings in bar:
             yield from findings

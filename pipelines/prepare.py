@@ -1,0 +1,273 @@
+"""Re-encode a set once for training: small frames, short GOPs, constant frame rate.
+
+Frame k of a copy is frame k of the original, so sampling stays the same. What a clip costs falls
+with the pixels and, because only the packets from the keyframe before a wanted frame are decoded,
+with the distance of keyframes.
+"""
+
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from pipelines.annotations import VideoRecord, VideoSet, format_list
+from pipelines.audit import audit
+from pipelines.cache import replace_bytes
+from pipelines.decode import read_frames
+from pipelines.errors import DataError, MediaError
+from pipelines.geometry import View
+from pipelines.images import find_frame_name, probe_frames, read_images
+from pipelines.media import MediaInfo, open_video, probe
+from pipelines.sampling import segment_indices_center
+from pipelines.source import Sample
+
+_SETTINGS = "prepared.json"
+_ENCODERS: dict[str, tuple[str, str, dict[str, str]]] = {
+    # No B-frames: fewer packets lead to a frame.
+    "h264": ("libx264", ".mp4", {"preset": "medium", "bf": "0", "sc_threshold": "0"}),
+    "vp9": ("libvpx-vp9", ".webm", {"deadline": "good", "cpu-used": "4", "b": "0"}),
+}
+_FRAMES_PER_S = 25  # of folders of frames
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How a set is encoded."""
+
+    codec: Literal["h264", "vp9"] = "h264"
+    short_side: int = 256
+    """px; smaller videos keep their size."""
+
+    gop: int = 12
+    """Frames from one keyframe to the next."""
+
+    quality: int = 20
+    """Constant rate factor; smaller is better and larger."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of it."""
+
+    written: int
+    kept: int
+    """Found complete from an earlier run."""
+
+    failed: dict[str, str]
+    """Name -> reason."""
+
+    bytes_before: int
+    bytes_after: int
+    clips_per_s_before: float
+    """Of 8 segment frames, one thread, decoding only."""
+
+    clips_per_s_after: float
+
+
+def prepare(
+    lists: Sequence[tuple[str, VideoSet]],
+    out: Path,
+    encoding: Encoding,
+    *,
+    threads: int,
+    frame_name: str = "",
+) -> Report:
+    """Write every video of some lists, and the lists, below another folder.
+
+    A copy appears under its name when it is complete and was verified, so the call can be repeated
+    after an interruption; what is there and newer than its original is kept.
+
+    Args:
+        lists: (file name to write, videos).
+        out: folder of the copies.
+        encoding: the same as in earlier runs over this folder.
+        threads: videos encoded at a time.
+        frame_name: names of the files in folders of frames; "" = as in the first folder.
+
+    Raises:
+        DataError: the folder holds copies of another encoding, or two names become one.
+    """
+    _claim(out, encoding)
+    records = list({record.name: record for _, videos in lists for record in videos}.values())
+    targets = _targets(records, out, encoding)
+    if not frame_name and records and records[0].path.is_dir():
+        frame_name = find_frame_name(records[0].path)
+
+    def attempt(record: VideoRecord) -> bool | str:
+        target = targets[record.name]
+        try:
+            changed = record.path.stat().st_mtime_ns
+            if target.exists() and target.stat().st_mtime_ns >= changed:
+                return False
+            _encode(record, target, encoding, frame_name)
+            return True
+        except OSError as error:
+            return error.strerror or str(error)
+        except MediaError as error:
+            return error.problem
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="accel-prepare") as pool:
+        try:
+            hidden = not sys.stderr.isatty()
+            outcomes = pool.map(attempt, records)
+            bar = tqdm(outcomes, total=len(records), desc="encoding", unit="video", disable=hidden)
+            results = dict(zip((record.name for record in records), bar, strict=True))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    failed = {name: reason for name, reason in results.items() if isinstance(reason, str)}
+    for name, videos in lists:
+        kept = [
+            VideoRecord(targets[r.name].relative_to(out).as_posix(), targets[r.name], r.label)
+            for r in videos
+            if r.name not in failed
+        ]
+        replace_bytes(out / name, [format_list(kept).encode()])
+    good = [record for record in records if record.name not in failed]
+    copies = [VideoRecord(r.name, targets[r.name], r.label) for r in good]
+    return Report(
+        written=sum(result is True for result in results.values()),
+        kept=sum(result is False for result in results.values()),
+        failed=failed,
+        bytes_before=sum(_size(record.path) for record in good),
+        bytes_after=sum(_size(record.path) for record in copies),
+        clips_per_s_before=_clips_per_s(good[:8], frame_name),
+        clips_per_s_after=_clips_per_s(copies[:8], ""),
+    )
+
+
+def _claim(out: Path, encoding: Encoding) -> None:
+    settings = out / _SETTINGS
+    content = json.dumps(asdict(encoding), indent=1)
+    if settings.exists() and settings.read_text(encoding="utf-8") != content:
+        raise DataError(
+            f"{out}: holds copies with other settings ({_SETTINGS}); use another folder, or delete "
+            "this one."
+        )
+    replace_bytes(settings, [content.encode()])
+    for left_over in out.rglob("*.part-*"):  # of a killed run
+        left_over.unlink(missing_ok=True)
+
+
+def _targets(records: Sequence[VideoRecord], out: Path, encoding: Encoding) -> dict[str, Path]:
+    suffix = _ENCODERS[encoding.codec][1]
+    targets: dict[str, Path] = {}
+    owners: dict[Path, str] = {}
+    for record in records:
+        name = PurePosixPath(record.name)
+        if name.is_absolute() or ".." in name.parts:
+            raise DataError(f"{record.name}: expected a path below the root; copies keep it.")
+        stem = name if record.path.is_dir() else name.with_suffix("")
+        target = out / f"{stem}{f'_{record.offset}' if record.offset else ''}{suffix}"
+        if owners.setdefault(target, record.name) != record.name:
+            raise DataError(f"'{owners[target]}' and '{record.name}' would both become {target}.")
+        targets[record.name] = target
+    return targets
+
+
+def _encode(record: VideoRecord, target: Path, encoding: Encoding, frame_name: str) -> None:
+    """Write one copy and verify it: frames counted, keyframes near enough, every frame decoded."""
+    import av
+
+    info = probe_frames(record, frame_name) if frame_name else probe(record.path)
+    encoder, suffix, options = _ENCODERS[encoding.codec]
+    gop = str(encoding.gop)
+    options = options | {"g": gop, "keyint_min": gop, "crf": str(encoding.quality), "threads": "1"}
+    short = min(encoding.short_side, info.width, info.height) // 2 * 2
+    scale = short / min(info.width, info.height)
+    width, height = (max(2, 2 * round(side * scale / 2)) for side in (info.width, info.height))
+    partial = target.with_name(f"{target.stem}.part-{suffix}")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with av.open(str(partial), "w") as output:
+            rate, frames = _source(record, info)
+            stream: Any = output.add_stream(encoder, rate=rate, options=options)
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            stream.codec_context.thread_count = 1
+            # BT.601: DALI converts every stream so (on a GPU).
+            stream.codec_context.colorspace, stream.codec_context.color_range = 6, 1
+            for index, frame in enumerate(frames):
+                scaled = frame.reformat(
+                    width,
+                    height,
+                    format="yuv420p",
+                    dst_colorspace="ITU601",
+                    dst_color_range="MPEG",
+                    interpolation="AREA" if scale < 1 else "BICUBIC",
+                )
+                scaled.pts, scaled.time_base = index, 1 / rate
+                scaled.pict_type = 0  # the encoder decides, not the original
+                output.mux(stream.encode(scaled))
+            output.mux(stream.encode(None))
+        _verify(record, partial, info.num_frames, encoding)
+        partial.replace(target)
+    except av.FFmpegError as error:
+        raise MediaError(record.path, f"cannot be encoded: {error}.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _source(record: VideoRecord, info: MediaInfo) -> tuple[Fraction, Iterator[Any]]:
+    """(frames per second, the frames) of an original."""
+    if info.kind.frame_name:
+        return Fraction(_FRAMES_PER_S), _folder_frames(record, info)
+    with open_video(record.path) as container:
+        rate = container.streams.video[0].average_rate
+    return Fraction(rate or _FRAMES_PER_S).limit_denominator(1001), _file_frames(record.path)
+
+
+def _file_frames(path: Path) -> Iterator[Any]:
+    with open_video(path) as container:
+        container.streams.video[0].thread_type = "NONE"
+        yield from container.decode(video=0)
+
+
+def _folder_frames(record: VideoRecord, info: MediaInfo) -> Iterator[Any]:
+    import av
+
+    for index in range(info.num_frames):
+        (pixels,) = read_images(record.path, info, [index])
+        yield av.VideoFrame.from_ndarray(pixels, format="rgb24")
+
+
+def _verify(record: VideoRecord, copy: Path, num_frames: int, encoding: Encoding) -> None:
+    info = probe(copy)
+    if info.num_frames != num_frames:
+        problem = f"expected {num_frames} frames in the copy, got {info.num_frames}."
+        raise MediaError(record.path, problem)
+    table = info.packets
+    ends = [*table.ranks[table.keyframes].tolist(), num_frames] if table else []
+    gap = max((b - a for a, b in itertools.pairwise(ends)), default=num_frames)
+    if gap > encoding.gop:
+        raise MediaError(record.path, f"expected keyframes every {encoding.gop} frames, got {gap}.")
+    checked = VideoSet(copy.parent, [(copy.name, 0)])
+    for finding in audit(checked, threads=1, progress=False):
+        # A dark ending is the original's, not the copy's.
+        if finding.fatal and "black" not in finding.reason:
+            raise MediaError(record.path, f"the copy is damaged: {finding.reason}.")
+
+
+def _size(path: Path) -> int:
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    return path.stat().st_size
+
+
+def _clips_per_s(records: Sequence[VideoRecord], frame_name: str) -> float:
+    infos = [probe_frames(r, frame_name) if frame_name else probe(r.path) for r in records]
+    start = time.perf_counter()
+    for record, info in zip(records, infos, strict=True):
+        indices = np.unique(segment_indices_center(info.num_frames, 8))
+        size = (info.width, info.height)
+        view = View(size, (0, 0, *size), flip=False)
+        read_frames(Sample(0, record.path, indices, (view,), 0, info))
+    return len(records) / max(time.perf_counter() - start, 1e-9) if records else 0.0

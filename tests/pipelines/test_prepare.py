@@ -1,0 +1,92 @@
+"""`accel data prepare`: the same frames in smaller files with short GOPs; can be repeated."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from accel.cli.main import main
+from pipelines.annotations import read_list
+from pipelines.media import open_video, probe
+
+MakeVideo = Callable[..., Path]
+ReadCode = Callable[[np.ndarray], tuple[int, int]]
+
+
+@pytest.mark.parametrize("codec", ["h264", "vp9"])
+def test_copies_have_the_same_frames(
+    tmp_path: Path,
+    make_video: MakeVideo,
+    make_frames: Callable[..., Path],
+    read_code: ReadCode,
+    capsys: pytest.CaptureFixture[str],
+    codec: str,
+) -> None:
+    times = np.cumsum(np.arange(40) % 3 + 1).tolist()
+    make_video("in/a/vfr.mkv", codec="libx264", num_frames=40, video=1, times=times)
+    make_video("in/b.webm", num_frames=1, video=2)
+    wide = {"width": 130, "height": 98, "pixel_format": "yuv444p"}
+    make_video("in/wide.mp4", codec="libx264", num_frames=20, video=3, **wide)
+    (tmp_path / "in" / "broken.mp4").write_bytes(b"x" * 100)
+    names = ["a/vfr.mkv", "b.webm", "wide.mp4", "broken.mp4", "b.webm"]
+    text = "".join(f"{name} {k}\n" for k, name in enumerate(names))
+    (tmp_path / "in" / "train.txt").write_text(text)
+    out = tmp_path / "out"
+    options = ["--root", str(tmp_path / "in"), "--list", "train.txt", "--out", str(out)]
+    options += ["--short-side", "64", "--gop", "8", "--codec", codec, "--threads", "2"]
+    assert main(["data", "prepare", *options]) == 3
+    output = capsys.readouterr().out
+    assert "not copied: broken.mp4" in output and "3 copies written, 0 kept, 1 failed" in output
+
+    copies = read_list(out / "train.txt", root=out)
+    assert [record.label for record in copies] == [0, 1, 2, 4]
+    for record, count, video in zip(copies, (40, 1, 20, 1), (1, 2, 3, 2), strict=True):
+        info = probe(record.path)
+        assert info.kind.codec == codec and info.kind.trimmable and info.kind.color_space == 6
+        assert min(info.width, info.height) == 64 and info.num_frames == count
+        assert info.packets is not None
+        assert np.diff([*info.packets.keyframes, count]).max() <= 8
+        with open_video(record.path) as container:
+            frames = list(container.decode(video=0))
+        steps = np.diff([frame.time for frame in frames])
+        assert not len(steps) or np.ptp(steps) < 0.0015  # WebM counts milliseconds
+        codes = [read_code(frame.to_ndarray(format="rgb24")) for frame in frames]
+        assert codes == [(video, k) for k in range(count)]
+
+    stamp = copies[0].path.stat().st_mtime_ns
+    (tmp_path / "in" / "broken.mp4").unlink()
+    make_video("in/broken.mp4", codec="libx264", num_frames=9)
+    (out / "left.part-.mp4").touch()
+    assert main(["data", "prepare", *options]) == 0
+    assert "1 copies written, 3 kept, 0 failed" in capsys.readouterr().out
+    assert copies[0].path.stat().st_mtime_ns == stamp and not list(out.rglob("*.part-*"))
+    assert main(["data", "prepare", *options, "--gop", "4"]) == 3
+    assert "other settings" in capsys.readouterr().err
+    assert json.loads((out / "prepared.json").read_text())["gop"] == 8
+
+
+def test_folders_of_frames_become_videos(
+    tmp_path: Path, make_frames: Callable[..., Path], read_code: ReadCode
+) -> None:
+    make_frames("clips/a", num_frames=12, video=5)
+    (tmp_path / "list.txt").write_text("clips/a 12 1\n")
+    options = ["--root", str(tmp_path), "--list", "list.txt", "--out", str(tmp_path / "out")]
+    assert main(["data", "prepare", *options]) == 0
+    (record,) = read_list(tmp_path / "out" / "list.txt", root=tmp_path / "out")
+    assert record.name == "clips/a.mp4" and record.label == 1
+    with open_video(record.path) as container:
+        codes = [read_code(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)]
+    assert codes == [(5, k) for k in range(12)]
+
+
+def test_two_names_for_one_copy_are_refused(
+    tmp_path: Path, make_video: MakeVideo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_video("a.webm", num_frames=2)
+    make_video("a.mp4", codec="libx264", num_frames=2)
+    (tmp_path / "list.txt").write_text("a.webm 0\na.mp4 1\n")
+    options = ["--root", str(tmp_path), "--list", "list.txt", "--out", str(tmp_path / "out")]
+    assert main(["data", "prepare", *options]) == 3
+    assert "would both become" in capsys.readouterr().err
