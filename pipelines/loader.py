@@ -130,8 +130,10 @@ class Loader:
         self._device = device
         self._ranges = ranges
         self._threads = loader.resolved_threads()
-        # Micro-batches decoded together: enough clips to keep every thread busy.
-        self._group = max(1, math.ceil(2 * self._threads / micro_batch))
+        # Micro-batches decoded together: enough videos to keep every thread busy. All views of a
+        # video may take 100 MB, so then no more than that.
+        videos = self._threads if source.num_views > 1 else 2 * self._threads
+        self._group = max(1, math.ceil(videos / micro_batch))
         self._plan = DecoderPlan(
             source=source,
             antialias=augment.antialias,

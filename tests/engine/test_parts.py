@@ -108,6 +108,36 @@ def test_network_input_stacks_the_frames_of_a_segment_in_the_channels():
     assert torch.equal(frames, single.flatten(1, 2))
 
 
+def test_color_maps_come_before_the_normalization():
+    clips = torch.randint(0, 256, (2, 3 * 5, 4, 6, 3), dtype=torch.uint8)
+    identity = torch.eye(3, 4).expand(30, 3, 4).contiguous()
+    plain = _precision(frames_per_segment=5).network_input(clips)
+    frames = _precision(frames_per_segment=5).network_input(clips, identity)
+    assert frames.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(frames, plain, rtol=0, atol=1e-5)
+    maps = torch.randn(30, 3, 4, generator=torch.Generator().manual_seed(0))
+    maps[:, :, 3] *= 50
+    colors = torch.einsum("fhwc,fdc->fhwd", clips.flatten(0, 1).double(), maps[..., :3].double())
+    colors += maps[:, None, None, :, 3].double()
+    expected = (colors / 255 - torch.tensor(MEAN).double()) / torch.tensor(STD).double()
+    frames = _precision(frames_per_segment=5).network_input(clips, maps)
+    stacked = expected.view(6, 5, 4, 6, 3).permute(0, 1, 4, 2, 3).flatten(1, 2)
+    torch.testing.assert_close(frames.double(), stacked, rtol=1e-5, atol=1e-4)
+    assert _precision("bf16").network_input(clips, maps).dtype == torch.bfloat16
+
+
+@pytest.mark.needs_cuda
+def test_color_maps_on_a_gpu_are_those_of_the_cpu():
+    clips = torch.randint(0, 256, (2, 4, 16, 16, 3), dtype=torch.uint8)
+    maps = torch.randn(8, 3, 4)
+    results = []
+    for name in ("cpu", "cuda"):
+        device = torch.device(name)
+        precision = Precision(PrecisionConfig(), device, mean=MEAN, std=STD)
+        results.append(precision.network_input(clips.to(device), maps.to(device)).cpu())
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-4)
+
+
 def test_tf32_on_a_cpu_is_refused():
     with pytest.raises(ConfigError, match="tf32"):
         _precision("tf32")

@@ -1,5 +1,6 @@
 """Several views of a video, and every way to cut and color a training clip, on both paths."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,11 @@ from pipelines.clips import ClipSampler
 from pipelines.config import AugmentConfig, LoaderConfig, SamplingConfig, TestViews
 from pipelines.datasets import Dataset
 from pipelines.fallback import apply_views, read_frames
+from pipelines.geometry import View, resized_short_side
 from pipelines.loader import Loader, build_loader
+from pipelines.media import MediaInfo
+from pipelines.sampling import segment_views
+from pipelines.source import Sample, Steps
 
 DECODERS = [
     pytest.param("dali", marks=pytest.mark.needs_dali),
@@ -21,6 +26,7 @@ DECODERS = [
     "torch",
 ]
 HMDB = Path(__file__).parents[1] / "data" / "hmdb51"
+Window = tuple[int, int, int, int]
 MMACTION = {"convention": "mmaction", "antialias": False}
 
 
@@ -127,6 +133,69 @@ def test_every_kind_gives_clips_within_the_video(sampling: dict[str, Any], lengt
             assert rows.shape == (clips, length) and 0 <= rows.min() and rows.max() < num_frames
     again = ClipSampler(config, num_clips=6, seed=1).test(300, 7)
     assert np.array_equal(again, rows)
+
+
+def test_two_clips_are_twice_or_shifted() -> None:
+    for rule, expected in (
+        ("twice", segment_views(40, 8, twice=True)),
+        ("shifted", segment_views(40, 8, num_clips=2)),
+    ):
+        config = SamplingConfig(num_segments=8, two_clips=rule)  # type: ignore[arg-type]
+        assert np.array_equal(ClipSampler(config, num_clips=2).test(40, 0), expected)
+
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "sampling"
+RESIZES = [
+    step
+    for step in json.loads((GOLDEN / "transforms_pixels.json").read_text())["case"]["args"]["steps"]
+    if step["op"] in ("resize_short", "crop_resize")
+]
+
+
+@pytest.mark.needs_dali
+@pytest.mark.parametrize("step", RESIZES, ids=lambda step: step["array"])
+def test_dali_scales_like_the_published_libraries(step: dict[str, Any]) -> None:
+    from pipelines.dali_video import DaliVideo
+
+    stored, params = np.load(GOLDEN / "transforms_pixels.npz"), step["params"]
+    image, expected = stored[step["input"]], stored[step["array"]].astype(int)
+    pil = params["backend"] == "pil_bilinear"
+    height, width = image.shape[:2]
+    whole = step["op"] == "resize_short"
+    resized, window = (width, height), (0, 0, width, height)
+    if whole:
+        convention = "tsm" if pil else "mmaction"
+        resized = resized_short_side(width, height, params["short"], convention)
+        window = (0, 0, *resized)
+    else:
+        x0, y0, x1, y1 = params["box"]
+        window = (x0, y0, x1 - x0, y1 - y0)
+
+    def frames(sample: Sample, window: Window | None = None) -> np.ndarray:
+        x, y, w, h = window or (0, 0, width, height)
+        cut: np.ndarray = np.ascontiguousarray(image[None, y : y + h, x : x + w])
+        return cut
+
+    decoder = DaliVideo(
+        max_samples=1,
+        max_frames=1,
+        threads=1,
+        size=28,
+        antialias=pil,
+        read_frames=frames,
+        steps=Steps(
+            resize=whole, crop=not whole, scale=not whole, flip=False, repeat=False, num_views=1
+        ),
+    )
+    info = MediaInfo.__new__(MediaInfo)  # not looked at: the frames are given
+    view = View(resized, window, flip=False)
+    sample = Sample(0, Path("x"), np.zeros(1, np.int64), (view,), 0, info)
+    ((frame,),) = decoder.finish(decoder.submit([sample]))[0].numpy()[:, :1]
+    difference = np.abs(frame.astype(int) - expected)
+    decoder.close()
+    assert difference[2:-2, 2:-2].max() <= 1 and difference.mean() < 0.3
+    # DALI's filter takes the border pixel again beyond the border, PIL's ends there.
+    assert difference.max() <= (8 if pil else 1)
 
 
 def test_clips_without_a_rule_are_refused() -> None:
