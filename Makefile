@@ -14,7 +14,7 @@ sources := setup.py pyproject.toml accel/__init__.py $(shell find kernels/csrc -
 # An extension that was built and has been deleted since is built again.
 $(shell grep -qs . $(built) && [ ! -e kernels/_C.so ] && rm -f $(built))
 
-.PHONY: demo test setup lint clean cuda-torch
+.PHONY: demo test setup lint clean cuda-torch test-dali-1.34
 
 demo: setup
 	$(python) train.py $(ARGS)
@@ -59,4 +59,18 @@ $(cuda_torch)/.unpacked: | $(installed)
 	  --dest $(cuda_torch) torch==2.12.1
 	$(python) -m zipfile -e $(cuda_torch)/*.whl $(cuda_torch)
 	rm $(cuda_torch)/*.whl
+	@touch $@
+
+# The loader tests with the last DALI for CUDA 11 that PyPI serves, in front of the installed one
+# (Python 3.12 or older).
+old_dali := build/dali-1.34
+
+test-dali-1.34: $(old_dali)/.installed | setup
+	PYTHONPATH=$(CURDIR)/$(old_dali) $(python) -m pytest -m "not slow" tests/pipelines/test_loader.py \
+	  tests/pipelines/test_frame_folders.py tests/pipelines/test_views.py
+
+$(old_dali)/.installed: | $(installed)
+	rm -rf $(old_dali)
+	$(python) -m pip install --quiet --disable-pip-version-check --no-deps --target $(old_dali) \
+	  nvidia-dali-cuda110==1.34.0 dm-tree==0.1.10 absl-py==2.5.1 attrs==26.1.0 wrapt==2.5.2
 	@touch $@

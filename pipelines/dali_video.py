@@ -3,6 +3,7 @@
 The graph has no state and no random operator: everything random comes with the sample.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -72,14 +73,17 @@ class DaliVideo:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="accel-decode")
         self._feed: dict[str, list[Any]] = {}
         # No affinity: the pipeline shares the cores with the training threads.
-        # exec_dynamic: outputs stay valid while a tensor refers to them.
+        # exec_dynamic: outputs stay valid while a tensor refers to them. Without it (DALI 1.34) the
+        # next run overwrites them, so they are copied.
+        dynamic = "exec_dynamic" in inspect.signature(dali.Pipeline.__init__).parameters
+        self._to_torch = _shared if dynamic else _copied
         self._pipeline: Any = dali.Pipeline(
             batch_size=max_samples * max_frames if self._images else max_samples,
             num_threads=threads,
             device_id=device_id,
             prefetch_queue_depth=1,
             set_affinity=False,
-            exec_dynamic=True,
+            **({"exec_dynamic": True} if dynamic else {}),
         )
 
         def per_sample(name: str, **options: Any) -> Any:
@@ -105,7 +109,9 @@ class DaliVideo:
                     clip = fn.decoders.image(per_sample("encoded"), device=device, **fancy)
             else:
                 # pad_mode "none": a missing frame is an error; the default would be a black frame.
-                clip = fn.decoders.video(
+                decode = video_operator()
+                assert decode is not None  # DecoderPlan.problems
+                clip = decode(
                     per_sample("encoded"),
                     frames=per_sample("frames"),
                     pad_mode="none",
@@ -155,7 +161,7 @@ class DaliVideo:
             }
         else:
             self._feed = {name: [value[name] for value in values] for name in self._inputs}
-        views = [from_dlpack(view.as_tensor()) for view in self._pipeline.run()]
+        views = [self._to_torch(view.as_tensor()) for view in self._pipeline.run()]
         if self._images:
             views = [self._clips(view, values) for view in views]
         if len(views) == 1:
@@ -200,6 +206,27 @@ class DaliVideo:
             return {**values, "encoded": [np.frombuffer(each, np.uint8) for each in contents]}
         encoded, frames = trimmed_stream(sample, unique)
         return {**values, "encoded": encoded, "frames": frames}
+
+
+def video_operator() -> Any:
+    """DALI's video decoder that takes frame indices, or None where there is none (DALI 1.34)."""
+    from nvidia.dali import fn
+
+    for group in (fn.decoders, getattr(fn.experimental, "decoders", None)):
+        operator = getattr(group, "video", None)
+        documented = getattr(operator, "__doc__", None) or ""
+        if "`frames`" in documented and "`pad_mode`" in documented:
+            return operator
+    return None
+
+
+def _shared(tensor: Any) -> torch.Tensor:
+    shared: torch.Tensor = from_dlpack(tensor)
+    return shared
+
+
+def _copied(tensor: Any) -> torch.Tensor:
+    return torch.from_numpy(np.array(tensor))
 
 
 def _per_frame(values: dict[str, Any], name: str) -> list[Any]:

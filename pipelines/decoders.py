@@ -19,7 +19,7 @@ import torch
 
 from pipelines.cache import locked, replace_bytes
 from pipelines.config import LoaderConfig
-from pipelines.dali_video import DaliVideo
+from pipelines.dali_video import DaliVideo, video_operator
 from pipelines.decode import read_frames
 from pipelines.errors import DataError, MediaError
 from pipelines.fallback import PyavVideo
@@ -75,8 +75,9 @@ class DecoderPlan:
         found: dict[str, tuple[Path | None, str]] = {}
         if not self.dali:
             found = dict.fromkeys(("dali", "dali_gpu"), (None, "DALI is not installed"))
-        elif self.device.type != "cuda":
-            found["dali_gpu"] = (None, "there is no GPU")
+        elif not self.source.infos.are_frames and video_operator() is None:
+            lacking = (None, "this version of DALI does not decode video by frame index")
+            found = dict.fromkeys(("dali", "dali_gpu"), lacking)
         for kind, index in self.source.infos.kinds:
             path = self.source.videos[index].path
             for name, problem in (
@@ -85,6 +86,8 @@ class DecoderPlan:
             ):
                 if problem:
                     found.setdefault(name, (path, problem))
+        if self.device.type != "cuda":
+            found.setdefault("dali_gpu", (None, "there is no GPU"))
         return found
 
 

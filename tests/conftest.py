@@ -22,6 +22,14 @@ def _dali_installed() -> bool:
         return False
 
 
+def _dali_decodes_video() -> bool:
+    if not _dali_installed():
+        return False
+    from pipelines.dali_video import video_operator
+
+    return video_operator() is not None
+
+
 # marker -> (name in ACCEL_REQUIRE, check, reason for the skip)
 _NEEDS = {
     "needs_cuda": ("cuda", torch.cuda.is_available, "no CUDA device"),
@@ -29,6 +37,11 @@ _NEEDS = {
         "dali",
         _dali_installed,
         "NVIDIA DALI is not installed",
+    ),
+    "needs_dali_video": (
+        "dali",
+        _dali_decodes_video,
+        "no NVIDIA DALI that decodes video by frame index",
     ),
     "needs_nvcc": ("nvcc", lambda: shutil.which("nvcc") is not None, "nvcc is not on PATH"),
     "needs_cuda_torch": (

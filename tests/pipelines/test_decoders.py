@@ -17,7 +17,7 @@ from pipelines.source import Sample
 
 MakeVideo = Callable[..., Path]
 MakeDataset = Callable[[Sequence[Path]], Dataset]
-pytestmark = pytest.mark.needs_dali
+pytestmark = pytest.mark.needs_dali_video
 
 
 def open_loader(dataset: Dataset, decoder: str = "auto") -> Loader:

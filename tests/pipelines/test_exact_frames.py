@@ -168,7 +168,7 @@ def test_frames_that_do_not_come_are_decoded_from_the_start(
     assert counts == {"whole": 1} and "decoding whole" in caplog.text
 
 
-@pytest.mark.needs_dali
+@pytest.mark.needs_dali_video
 @pytest.mark.parametrize("case", ["vp9", "vp9-alt-ref", "vp9-odd-size", "vp8", "mjpeg"])
 def test_dali_decodes_the_same_frames(
     make_video: Callable[..., Path],

@@ -24,7 +24,7 @@ MakeVideo = Callable[..., Path]
 MakeDataset = Callable[[Sequence[Path]], Dataset]
 # dali: DALI decodes and scales; pyav: PyAV decodes, DALI scales; torch: without DALI.
 DECODERS = [
-    pytest.param("dali", marks=pytest.mark.needs_dali),
+    pytest.param("dali", marks=pytest.mark.needs_dali_video),
     pytest.param("pyav", marks=pytest.mark.needs_dali),
     "torch",
 ]
@@ -282,6 +282,7 @@ def test_set_smaller_than_one_global_batch(dataset: Dataset) -> None:
         open_loader(dataset, global_batch=4, world_size=3)
 
 
+@pytest.mark.needs_dali_video
 def test_decoder_is_chosen_and_named(
     dataset: Dataset,
     make_video: MakeVideo,

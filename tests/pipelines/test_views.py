@@ -21,7 +21,7 @@ from pipelines.sampling import segment_views
 from pipelines.source import Sample, Steps
 
 DECODERS = [
-    pytest.param("dali", marks=pytest.mark.needs_dali),
+    pytest.param("dali", marks=pytest.mark.needs_dali_video),
     pytest.param("pyav", marks=pytest.mark.needs_dali),
     "torch",
 ]
