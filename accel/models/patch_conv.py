@@ -69,10 +69,11 @@ class _PatchProduct(torch.autograd.Function):
         dx = dweight = None
         if ctx.needs_input_grad[1]:
             patches = _patches(x, kernel, ctx.stride, ctx.padding).flatten(0, 2)  # [R, k*k*C]
-            product = _product(rows.t(), patches.t())  # [C', k*k*C]
+            # Copies of the large factor in the order of the product are worth their time.
+            product = _product(rows.t(), patches.t().contiguous())  # [C', k*k*C]
             dweight = product.view(-1, kernel, kernel, channels).permute(0, 3, 1, 2)
         if ctx.needs_input_grad[0]:
-            dpatches = _product(rows, _matrix(weight).t())
+            dpatches = _product(rows, _matrix(weight).t().contiguous())
             height, width = (extent + 2 * ctx.padding for extent in x.shape[-2:])
             padded = dy.new_zeros(x.shape[0], height, width, channels)
             parts = dpatches.view(*dy.shape[:1], *dy.shape[2:], kernel * kernel, channels).unbind(3)
