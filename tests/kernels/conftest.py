@@ -1,4 +1,5 @@
-"""CUDA kernels on the host: builds the .cu files as C++ against host_cuda.h."""
+"""State that tests of operators start from; CUDA kernels on the host: builds the .cu files as C++
+against host_cuda.h."""
 
 import ctypes
 import hashlib
@@ -6,10 +7,13 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+from kernels import _backend
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "kernels" / "csrc"
@@ -107,3 +111,17 @@ def object_for_device() -> Callable[[Path], tuple[Path, str]]:
 def build_for_host() -> Callable[..., ctypes.CDLL]:
     """`build`: compile .cu files (by name, without folder and suffix) and load them."""
     return build
+
+
+@pytest.fixture(autouse=True)
+def fresh_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No backend from the environment, and no fallback reported yet."""
+    monkeypatch.delenv(_backend.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(_backend, "_reported", set())
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import _backend, _library, reference
+from kernels import _library, reference
 
 needs_extension = pytest.mark.needs_extension
 DEVICES = [
@@ -59,13 +58,6 @@ class Inputs(NamedTuple):
         """What takes gradients."""
         first = [self.x, self.weight, self.bias]
         return first if self.shortcut is None else [*first, self.shortcut]
-
-
-@pytest.fixture(autouse=True)
-def fresh_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No backend from the environment, and no fallback reported yet."""
-    monkeypatch.delenv(_backend.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.setattr(_backend, "_reported", set())
 
 
 def make(
@@ -686,13 +678,6 @@ class Block(torch.nn.Module):
             eps=EPS,
             pool=True,
         )
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.mark.usefixtures("fresh_compiler")

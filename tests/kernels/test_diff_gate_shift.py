@@ -1,15 +1,13 @@
-"""diff_gate_shift: the operator against the reference, layouts, dtypes, PyTorch's subsystems."""
+"""diff_gate_shift: the operator against the reference, layouts, dtypes, messages."""
 
 import itertools
-import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 import kernels
-from kernels import _backend, _library, reference
+from kernels import reference
 
 needs_extension = pytest.mark.needs_extension
 DEVICES = [
@@ -24,13 +22,6 @@ BOUND = {
     torch.bfloat16: 2 * 2.0**-8,
 }
 NAMES = ("x", "z", "v", "m", "c", "w")
-
-
-@pytest.fixture(autouse=True)
-def fresh_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No backend from the environment, and no fallback reported yet."""
-    monkeypatch.delenv(_backend.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.setattr(_backend, "_reported", set())
 
 
 def make(
@@ -193,134 +184,19 @@ def test_coefficients_of_any_strides(device: str) -> None:
     assert all(map(torch.equal, run(strided, 4), run(inputs, 4)))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_empty_batch(device: str) -> None:
-    inputs = make(0, 4, 8, 2, (5, 5), device=device)
-    y, *grads = run(inputs, 4)
-    assert y.shape == inputs[0].shape
-    for grad, value in zip(grads, inputs, strict=True):
-        assert torch.equal(grad, torch.zeros_like(value))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_some_gradients_only(device: str) -> None:
-    inputs = make(2, 9, 16, 3, (5, 7), device=device)
-    everything = run(inputs, 9)[1:]
-    for wanted in range(len(inputs)):
-        leaves = [v.detach().requires_grad_(i == wanted) for i, v in enumerate(inputs)]
-        y = kernels.diff_gate_shift(*leaves, num_segments=9)
-        y.backward(incoming(y.detach()))
-        assert torch.equal(leaves[wanted].grad, everything[wanted])
-        assert all(leaf.grad is None for i, leaf in enumerate(leaves) if i != wanted)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_incoming_gradient_of_any_strides(device: str) -> None:
-    inputs = make(2, 4, 8, 2, (3, 3), device=device)
-    for reduce in (Tensor.mean, lambda y: y[..., 1:].sum(), lambda y: y.contiguous().prod(0).sum()):
-        grads = [
-            torch.autograd.grad(
-                reduce(kernels.diff_gate_shift(*inputs, num_segments=4, backend=backend)), inputs
-            )
-            for backend in ("auto", "reference")
-        ]
-        for actual, expected in zip(*grads, strict=True):
-            torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_repeats_bit_by_bit(dtype: torch.dtype, device: str) -> None:
-    inputs = make(4, 9, 64, 4, (14, 14), dtype=dtype, device=device)
-    first = run(inputs, 9)
-    threads = torch.get_num_threads()
-    try:
-        for repeat in range(6):
-            torch.set_num_threads(1 + repeat % 2)
-            assert all(map(torch.equal, first, run(inputs, 9)))
-    finally:
-        torch.set_num_threads(threads)
-
-
-def test_gradcheck_of_the_reference() -> None:
-    inputs = make(1, 3, 2, 2, (1, 2))
-
-    def function(*values: Tensor) -> Tensor:
-        return kernels.diff_gate_shift(*values, num_segments=3, backend="reference")
-
-    assert torch.autograd.gradcheck(function, inputs)
-    assert torch.autograd.gradgradcheck(function, inputs)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_gradcheck_of_the_operator(device: str) -> None:
-    inputs = make(2, 3, 2, 3, (1, 2), device=device)
-    assert torch.autograd.gradcheck(
-        lambda *values: kernels.diff_gate_shift(*values, num_segments=3), inputs
-    )
-
-
-@needs_extension
-def test_second_derivative_of_the_operator_is_refused() -> None:
-    inputs = make(1, 2, 2, 1, (2, 2))
-    y = kernels.diff_gate_shift(*inputs, num_segments=2)
-    (dx,) = torch.autograd.grad(y.square().sum(), inputs[0], create_graph=True)
-    with pytest.raises(RuntimeError, match=r'second derivatives.*backend="reference"'):
-        dx.sum().backward()
-
-
 # Layouts, backends and messages.
 
 
-@pytest.mark.parametrize("position", [0, 1, 2])
-def test_other_layout_runs_the_reference_with_one_warning(position: int) -> None:
-    inputs = [value.detach() for value in make(2, 4, 8, 2, (3, 3))]
-    expected = kernels.diff_gate_shift(*inputs, num_segments=4, backend="reference")
-    inputs[position] = inputs[position].contiguous()
-    with pytest.warns(RuntimeWarning, match="diff_gate_shift: using the slower PyTorch reference"):
-        y = kernels.diff_gate_shift(*inputs, num_segments=4)
-    torch.testing.assert_close(y, expected)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        kernels.diff_gate_shift(*inputs, num_segments=4)
-
-
 @needs_extension
-def test_forced_backend_and_operator_refuse_what_they_cannot_run() -> None:
-    x, z, v, *coefficients = (value.detach() for value in make(2, 4, 8, 2, (3, 3)))
-    message = "diff_gate_shift: backend=cpp was asked for, but v is not contiguous in channels_last"
-    with pytest.raises(RuntimeError, match=message):
-        kernels.diff_gate_shift(x, z, v.contiguous(), *coefficients, num_segments=4, backend="cpp")
-    with pytest.raises(ValueError, match="diff_gate_shift: z must be contiguous in channels_last"):
-        torch.ops.accel_kernels.diff_gate_shift(x, z.contiguous(), v, *coefficients, 4)
+def test_high_ranks_and_other_gradients_are_refused() -> None:
     high_rank = make(1, 2, 4, 65, (2, 2))
     with pytest.raises(RuntimeError, match="but z has 65 channels, more than 64"):
         kernels.diff_gate_shift(*high_rank, num_segments=2, backend="cpp")
     with pytest.raises(ValueError, match=r"m must be \[2, C, r\] = \[2, 4, 1..64\]"):
         torch.ops.accel_kernels.diff_gate_shift(*high_rank, 2)
+    inputs = [value.detach() for value in make(2, 4, 8, 2, (3, 3))]
     with pytest.raises(ValueError, match="diff_gate_shift_backward: grad must be like x"):
-        torch.ops.accel_kernels.diff_gate_shift_backward(z, x, z, v, *coefficients, 4)
-
-
-def test_missing_extension_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_library, "AVAILABLE", False)
-    monkeypatch.setattr(_library, "REASON", "kernels._C is not built")
-    inputs = make(2, 4, 8, 2, (3, 3))
-    with pytest.warns(RuntimeWarning, match="because kernels._C is not built") as caught:
-        first = run(inputs, 4)
-        run(inputs, 4)
-    assert len(caught) == 1
-    assert all(map(torch.equal, first, run(inputs, 4, "reference")))
-
-
-@needs_extension
-def test_forced_cpp_backend_runs_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unexpected(*args: object, **kwargs: object) -> None:
-        raise AssertionError("the reference ran")
-
-    monkeypatch.setattr(reference, "diff_gate_shift", unexpected)
-    monkeypatch.setenv("ACCEL_KERNELS", "cpp")
-    run(make(1, 2, 4, 1, (2, 2)), 2)
+        torch.ops.accel_kernels.diff_gate_shift_backward(inputs[1], *inputs, 4)
 
 
 BAD_ARGUMENTS = {
@@ -352,109 +228,3 @@ def test_bad_arguments(name: str, direct: bool) -> None:
             torch.ops.accel_kernels.diff_gate_shift(*inputs, 4)
         else:
             kernels.diff_gate_shift(*inputs, num_segments=4)
-
-
-# PyTorch's subsystems.
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_opcheck(device: str) -> None:
-    inputs = make(2, 2, 4, 3, (2, 3), device=device)
-    torch.library.opcheck(torch.ops.accel_kernels.diff_gate_shift, (*inputs, 2))
-    values = [value.detach() for value in inputs]
-    torch.library.opcheck(torch.ops.accel_kernels.diff_gate_shift_backward, (values[0], *values, 2))
-
-
-class Block(torch.nn.Module):
-    """Layers around the operator, as models use it."""
-
-    def __init__(self, num_segments: int) -> None:
-        super().__init__()
-        self.num_segments = num_segments
-        self.convolution = torch.nn.Conv2d(8, 8, 1, bias=False)
-        self.reduce = torch.nn.Conv2d(8, 2, 3, padding=1, bias=False)
-
-    def forward(self, x: Tensor, m: Tensor, c: Tensor, w: Tensor) -> Tensor:
-        x = self.convolution(x)
-        z = self.reduce(x)
-        y = kernels.diff_gate_shift(x, z, z * 0.5, m, c, w, num_segments=self.num_segments)
-        return torch.relu(y)
-
-
-def block_and_inputs(device: str) -> tuple[Block, list[Tensor]]:
-    x, _, _, m, c, w = make(2, 4, 8, 2, (3, 3), dtype=torch.float32, device=device)
-    return Block(4).to(device).to(memory_format=torch.channels_last), [x, m, c, w]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_autocast(dtype: torch.dtype, device: str) -> None:
-    """Half activations from convolutions and fp32 coefficients: the operator runs in half."""
-    block, inputs = block_and_inputs(device)
-    with torch.autocast(device, dtype):
-        y = block(*inputs)
-    assert y.dtype == dtype
-    y.float().square().mean().backward()
-    assert all(value.grad.dtype == torch.float32 for value in inputs)
-    assert torch.isfinite(block.convolution.weight.grad).all()
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
-)
-def test_compiles_as_one_graph(compiler: str, device: str) -> None:
-    block, inputs = block_and_inputs(device)
-    compiled = torch.compile(block, fullgraph=True, backend=compiler)
-    expected, actual = block(*inputs), compiled(*inputs)
-    torch.testing.assert_close(actual, expected)
-    leaves = [*inputs, *block.parameters()]
-    for one, other in zip(
-        torch.autograd.grad(actual.square().sum(), leaves),
-        torch.autograd.grad(expected.square().sum(), leaves),
-        strict=True,
-    ):
-        torch.testing.assert_close(one, other)
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@needs_extension
-def test_export() -> None:
-    block, inputs = block_and_inputs("cpu")
-    inputs = [value.detach() for value in inputs]
-    program = torch.export.export(block.eval(), tuple(inputs))
-    names = [str(node.target) for node in program.graph.nodes]
-    assert names.count("accel_kernels.diff_gate_shift.default") == 1
-    torch.testing.assert_close(program.module()(*inputs), block(*inputs))
-
-
-@pytest.mark.needs_cuda
-@needs_extension
-def test_cuda_graph_capture() -> None:
-    inputs = make(2, 8, 64, 4, (7, 7), dtype=torch.float16, device="cuda")
-    expected = run(inputs, 8)
-    with torch.cuda.stream(torch.cuda.Stream()):
-        run(inputs, 8)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(inputs, 8)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(map(torch.equal, captured, expected))
-
-
-@pytest.mark.needs_cuda
-@needs_extension
-def test_cuda_matches_the_twin() -> None:
-    inputs = make(3, 9, 72, 5, (14, 14))
-    on_device = [value.detach().cuda().requires_grad_() for value in inputs]
-    for one, other in zip(run(inputs, 9), run(on_device, 9), strict=True):
-        torch.testing.assert_close(one, other.cpu(), rtol=1e-12, atol=1e-12)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import _backend, reference
+from kernels import reference
 
 needs_extension = pytest.mark.needs_extension
 DEVICES = [
@@ -30,13 +30,6 @@ SHAPES = [
     (2, 2, 3, 3, 8),
     (0, 5, 4, 4, 15),
 ]
-
-
-@pytest.fixture(autouse=True)
-def fresh_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No backend from the environment, and no fallback reported yet."""
-    monkeypatch.delenv(_backend.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.setattr(_backend, "_reported", set())
 
 
 def make(

@@ -8,20 +8,13 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import _backend, reference
+from kernels import reference
 
 needs_extension = pytest.mark.needs_extension
 DEVICES = [
     pytest.param("cpu", marks=needs_extension),
     pytest.param("cuda", marks=[needs_extension, pytest.mark.needs_cuda]),
 ]
-
-
-@pytest.fixture(autouse=True)
-def fresh_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No backend from the environment, and no fallback reported yet."""
-    monkeypatch.delenv(_backend.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.setattr(_backend, "_reported", set())
 
 
 def make(S: int, M: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
