@@ -32,7 +32,7 @@ ONLY_IN = {
     "nvtx": ["accel/engine/timing.py"],
     "pynvml": ["accel/engine/gpu_sampling.py", "accel/cli/doctor.py"],
     "av": ["pipelines/*.py"],
-    "PIL": ["pipelines/images.py"],
+    "PIL": ["pipelines/*.py"],
 }
 
 

@@ -4,12 +4,16 @@ import sys
 from collections.abc import Callable, Sequence
 
 import accel
-from accel.cli import convert, data, doctor, evaluate, models, recipes, reproduce, train
+from accel.cli import convert, data, detect, doctor, evaluate, models, recipes, reproduce, train
 from accel.cli.rendering import run_guarded
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train.main, "train and evaluate a recipe (the same as train.py)"),
     "evaluate": (evaluate.main, "test a trained network with several views, store its scores"),
+    "detect": (
+        detect.main,
+        "boxes, classes and tubes in a video, from a trained detector",
+    ),
     "ensemble": (evaluate.ensemble_main, "add stored scores of several models"),
     "reproduce": (reproduce.main, "train and test a published row, compare, report"),
     "results": (reproduce.results_main, "the table of published and measured results"),

@@ -45,12 +45,22 @@ def _train(recipe: configs.Recipe, out: Path, options: argparse.Namespace) -> in
     from accel.engine.stop import StopRequested
     from accel.engine.trainer import Trainer
 
+    trainer_type: type[Trainer] = Trainer
+    if recipe.detection.network != "none":
+        from accel.engine.detection import DetectionTrainer
+
+        if options.dry_run:
+            raise ConfigError(
+                "--dry-run: only for classification; pass --train.max_steps 2 and a scratch --out."
+            )
+        trainer_type = DetectionTrainer
+
     world = start_world(resolve_device(recipe.run.device).type)
     if not world.is_main:
         logging.disable(logging.WARNING)
     scratch = tempfile.TemporaryDirectory() if options.dry_run else None
     try:
-        trainer = Trainer(
+        trainer = trainer_type(
             recipe,
             out if scratch is None else Path(scratch.name),
             resume=options.resume if scratch is None else "none",

@@ -24,6 +24,7 @@ import jsonargparse
 import yaml
 
 from accel.engine.checkpoint import CheckpointConfig
+from accel.engine.detection_config import DetectionConfig
 from accel.engine.evaluate import TestConfig
 from accel.engine.journal import LogConfig
 from accel.engine.optim import OptimConfig
@@ -76,6 +77,7 @@ class Recipe:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    detection: DetectionConfig = field(default_factory=DetectionConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)

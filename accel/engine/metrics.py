@@ -70,6 +70,16 @@ class Scores:
     num_clips: int
     """Clips counted."""
 
+    @property
+    def rating(self) -> float:
+        """What the best checkpoint is chosen by."""
+        return self.top1
+
+    @property
+    def text(self) -> str:
+        """For the log."""
+        return f"val top-1 {self.top1:.4f}, loss {self.loss:.4f}"
+
 
 class ClassificationMeter:
     """Sums over an evaluation: a confusion matrix, top-5 hits and the loss, all on the device."""

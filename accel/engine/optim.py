@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from accel.models.detectors import Detector
 from accel.models.network import ClipNetwork
-from accel.models.param_groups import Policy, parameter_groups
+from accel.models.param_groups import Policy, detector_groups, parameter_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +47,14 @@ class OptimConfig:
 class Optimizer:
     """Fused SGD over the published groups, with rates set from outside before every step."""
 
-    def __init__(self, model: ClipNetwork, config: OptimConfig) -> None:
+    def __init__(self, model: ClipNetwork | Detector, config: OptimConfig) -> None:
         self.groups = [
             group
-            for group in parameter_groups(model, config.groups, fc_lr5=config.fc_lr5)
+            for group in (
+                parameter_groups(model, config.groups, fc_lr5=config.fc_lr5)
+                if isinstance(model, ClipNetwork)
+                else detector_groups(model)
+            )
             if group.params
         ]
         self._config = config

@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 def summary_text(summary: dict[str, Any], run_folder: Path) -> str:
     """The lines shown at the end of a run."""
+    if "val_video_map_50" in summary:
+        return _detection_text(summary, run_folder)
     lines = [
         f"{summary['recipe']}: {summary['iterations']} steps in {summary['wall_s']:.0f} s",
         f"  val top-1 {summary['val_top1']:.3f}  top-5 {summary['val_top5']:.3f}  "
@@ -34,6 +36,24 @@ def summary_text(summary: dict[str, Any], run_folder: Path) -> str:
     lines += [f"  {line}" for line in network_comparison(run_folder)]
     lines += [f"  checkpoint {summary['checkpoint']}", f"  curves {run_folder / 'curves.png'}"]
     return "\n".join(lines)
+
+
+def _detection_text(summary: dict[str, Any], run_folder: Path) -> str:
+    return "\n".join(
+        [
+            f"{summary['recipe']}: {summary['iterations']} steps in {summary['wall_s']:.0f} s",
+            f"  video-mAP@0.2 {summary['val_video_map_20']:.3f}  "
+            f"@0.5 {summary['val_video_map_50']:.3f}  @0.75 {summary['val_video_map_75']:.3f}  "
+            f"@0.5:0.95 {summary['val_video_map_50_95']:.3f}",
+            f"  frame-mAP@0.5 {summary['val_frame_map_50']:.3f}  accuracy "
+            f"{summary['val_accuracy']:.3f}  ({summary['val_num_videos']} videos, "
+            f"{summary['num_classes']} classes)",
+            f"  {summary['clips_per_s']:.1f} micro-tubes/s, data wait "
+            f"{100 * summary['data_wait']:.1f} %",
+            f"  checkpoint {summary['checkpoint']}",
+            f"  curves {run_folder / 'curves.png'}",
+        ]
+    )
 
 
 def network_comparison(run_folder: Path) -> list[str]:
@@ -85,11 +105,14 @@ def draw_curves(journal: Path, picture: Path) -> None:
     iterations = [row["iteration"] for row in steps]
     left.plot(iterations, [row["loss"] for row in steps], linewidth=0.8, label="train loss")
     done = [row["iteration"] for row in evaluations]
-    left.plot(done, [row["val_loss"] for row in evaluations], marker="o", label="val loss")
-    left.set(xlabel="iteration", ylabel="cross-entropy, nats")
+    detection = any("val_video_map_50" in row for row in evaluations)
+    rating, name = ("val_video_map_50", "video-mAP@0.5") if detection else ("val_top1", "top-1")
+    if not detection:
+        left.plot(done, [row["val_loss"] for row in evaluations], marker="o", label="val loss")
+    left.set(xlabel="iteration", ylabel="MultiBox loss" if detection else "cross-entropy, nats")
     left.legend()
-    right.plot(done, [row["val_top1"] for row in evaluations], marker="o", label="val top-1")
-    right.set(xlabel="iteration", ylabel="top-1", ylim=(0, 1.02))
+    right.plot(done, [row[rating] for row in evaluations], marker="o", label=f"val {name}")
+    right.set(xlabel="iteration", ylabel=name, ylim=(0, 1.02))
     rates = right.twinx()
     rates.plot(iterations, [row["lr"] for row in steps], color="gray", linewidth=0.8)
     rates.set_ylabel("learning rate (gray)")

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from accel.engine.stop import StopRequested, StopSignals
 from accel.engine.timing import Ranges
 from accel.errors import CheckpointError, ConfigError
 from accel.models import build_model
+from pipelines.datasets import Dataset
 from pipelines.errors import DataError
 from pipelines.loader import Batch, Loader
 from pipelines.order import Split
@@ -57,6 +58,12 @@ class Trainer:
     Raises:
         ConfigError, CheckpointError, pipelines.errors.DataError: before anything is overwritten.
     """
+
+    rating_name = "top1"
+    """What the best checkpoint is chosen by (`best_top1` holds it), as the scores call it."""
+
+    scores_type: Callable[..., Any] = Scores
+    """Makes the scores of an evaluation again from a checkpoint's."""
 
     def __init__(
         self,
@@ -90,7 +97,7 @@ class Trainer:
         try:
             self.store = CheckpointStore(self.folder.checkpoints, recipe.checkpoint.keep_last)
             found = find_checkpoint(resume, self.folder, self.store, recipe)
-            self.dataset = open_shared_dataset(recipe, self.world)
+            self.dataset = self._open_dataset()
             self._build(pretrained=found is None)
             self.counters = Counters()
             self.scores: Scores | None = None
@@ -221,17 +228,7 @@ class Trainer:
 
     def _evaluate(self, journal: Journal | None) -> bool:
         """Evaluate and record; whether it is this run's best so far."""
-        self.scores = evaluate(
-            self.model,
-            self.val_loader,
-            num_classes=self.dataset.num_classes,
-            precision=self.precision,
-            world=self.world,
-            ranges=self.ranges,
-            # With several ranks a stop waits for the end of the evaluation: ranks may hold
-            # different numbers of batches, so they could not agree inside it.
-            poll=self._stop_if_asked if self.world.size == 1 else lambda: None,
-        )
+        self.scores = self._measure()
         done = self.counters.iteration
         self.counters.evaluated = done
         self.counters.wall_s = time.monotonic() - self._started
@@ -242,12 +239,23 @@ class Trainer:
                 **{f"val_{name}": value for name, value in asdict(self.scores).items()},
                 wall_s=round(self.counters.wall_s, 3),
             )
-            logger.info(
-                "step %d: val top-1 %.4f, loss %.4f", done, self.scores.top1, self.scores.loss
-            )
-        best = self.scores.top1 > self.best_top1
-        self.best_top1 = max(self.best_top1, self.scores.top1)
+            logger.info("step %d: %s", done, self.scores.text)
+        best = self.scores.rating > self.best_top1
+        self.best_top1 = max(self.best_top1, self.scores.rating)
         return best
+
+    def _measure(self) -> Scores:
+        return evaluate(
+            self.model,
+            self.val_loader,
+            num_classes=self.dataset.num_classes,
+            precision=self.precision,
+            world=self.world,
+            ranges=self.ranges,
+            # With several ranks a stop waits for the end of the evaluation: ranks may hold
+            # different numbers of batches, so they could not agree inside it.
+            poll=self._stop_if_asked if self.world.size == 1 else lambda: None,
+        )
 
     def _stop_if_asked(self) -> None:
         """Save and raise when any rank has received a stop signal.
@@ -269,7 +277,7 @@ class Trainer:
         problem: str | None = None
         if self.world.is_main:
             rated = self.scores is not None and self.counters.evaluated == self.counters.iteration
-            top1 = self.scores.top1 if self.scores is not None and rated else None
+            top1 = self.scores.rating if self.scores is not None and rated else None
             try:
                 self.store.save(self._state(), self.counters.iteration, top1)
                 self._failed_saves = 0
@@ -296,7 +304,7 @@ class Trainer:
             "epochs": self.counters.iteration / self.train_loader.steps_per_epoch,
             "checkpoint": str(self.store.folder / entries[-1].name) if entries else None,
             "best_checkpoint": str(best) if best else None,
-            "best_val_top1": self.best_top1,
+            f"best_val_{self.rating_name}": self.best_top1,
             "loader": self.train_loader.description,
             "gpu": self.gpu.summary(),
             "recipe_sha256": configs.fingerprint(self.recipe),
@@ -365,6 +373,9 @@ class Trainer:
             ranges=self.ranges,
         )
 
+    def _open_dataset(self) -> Dataset:
+        return open_shared_dataset(self.recipe, self.world)
+
     def _open_loader(self, split: Split, micro_batch: int) -> Loader:
         loader = open_loader(
             self.recipe,
@@ -429,7 +440,9 @@ class Trainer:
             if self.precision.scaler.is_enabled():
                 self.precision.scaler.load_state_dict(state["scaler"])
             self.counters = Counters(**state["counters"])
-            self.scores = Scores(**state["scores"]) if state["scores"] is not None else None
+            self.scores = (
+                self.scores_type(**state["scores"]) if state["scores"] is not None else None
+            )
             self.best_top1 = state["best_top1"]
         except (RuntimeError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(path, f"does not fit this run: {error!r}.") from error

@@ -1,5 +1,6 @@
 """AMTNet: micro-tubes, the boxes of one action in T frames, from one or two streams."""
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -21,7 +22,7 @@ class AMTNet(nn.Module):
         fusion: of the streams' maps: their sum, mean or concatenation; "none": one stream.
         input_frames: images of the base stream (RGB: 1) stacked in the channels of a frame.
         extra_frames: those of the second stream (flow: 5); 0 with fusion "none".
-        width, levels: of the trunks; published: 64 and 6.
+        width, levels, batch_norm: of the trunks; published: 64, 6 and none.
 
     Raises:
         ValueError: a second stream without fusion, or the other way round.
@@ -39,6 +40,7 @@ class AMTNet(nn.Module):
         extra_frames: int = 0,
         width: int = 64,
         levels: int = 6,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
         if (fusion == "none") != (extra_frames == 0):
@@ -48,10 +50,9 @@ class AMTNet(nn.Module):
             )
         self.num_classes, self.num_frames, self.fusion = num_classes, num_frames, fusion
         self.levels = levels
-        self.base = SSDTrunk(3 * input_frames, width=width, levels=levels)
-        self.extra = (
-            SSDTrunk(3 * extra_frames, width=width, levels=levels) if extra_frames else None
-        )
+        trunk = partial(SSDTrunk, width=width, levels=levels, batch_norm=batch_norm)
+        self.base = trunk(3 * input_frames)
+        self.extra = trunk(3 * extra_frames) if extra_frames else None
         self.heads = nn.ModuleList(
             MicrotubeHead(
                 channels,

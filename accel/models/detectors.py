@@ -79,6 +79,7 @@ def describe_detector(
         "input_frames": stem[1] // 3,
         "width": stem[0],
         "levels": levels,
+        "batch_norm": any("running_mean" in str(name) for name in shapes),
     }
     if system == "ssd300":
         return found

@@ -13,7 +13,7 @@ from accel.detection.priors import BOXES_PER_CELL
 # behind each convolution.
 _VGG = (64, 64, None, 128, 128, None, 256, 256, 256, None, 512, 512, 512, None, 512, 512, 512)
 _CEILING_POOL = 2  # of the poolings; 75 cells become 38
-_SOURCE_0 = 23  # layers up to the ReLU of conv4_3
+_LAST_OF_SOURCE_0 = 13  # of _VGG: the pooling behind conv4_3
 _FC = 1024
 _EXTRAS = ((256, 1, 1, 0), (512, 3, 2, 1), (128, 1, 1, 0), (256, 3, 2, 1)) + 2 * (
     (128, 1, 1, 0),
@@ -52,37 +52,43 @@ class SSDTrunk(nn.Module):
         in_channels: 3 for each image of the stack that one frame brings.
         width: channels of the first layers; published: 64.
         levels: maps, 2 to 6; published: 6.
+        batch_norm: a norm behind each convolution, for training from random weights; the published
+            trunk has none.
     """
 
-    def __init__(self, in_channels: int = 3, *, width: int = 64, levels: int = 6) -> None:
+    def __init__(
+        self, in_channels: int = 3, *, width: int = 64, levels: int = 6, batch_norm: bool = False
+    ) -> None:
         super().__init__()
         self.in_channels = in_channels
         scaled = [None if c is None else _scaled(c, width) for c in _VGG]
         layers: list[nn.Module] = []
         channels = in_channels
-        for wanted in scaled:
+        for position, wanted in enumerate(scaled):
+            if position == _LAST_OF_SOURCE_0:
+                self._source_0 = len(layers)
             if wanted is None:
                 poolings = sum(isinstance(layer, nn.MaxPool2d) for layer in layers)
                 layers.append(nn.MaxPool2d(2, ceil_mode=poolings == _CEILING_POOL))
             else:
-                layers += [nn.Conv2d(channels, wanted, 3, padding=1), nn.ReLU(inplace=True)]
+                layers += _convolution(channels, wanted, 3, batch_norm, padding=1)
                 channels = wanted
         fc = _scaled(_FC, width)
         layers += [
             nn.MaxPool2d(3, stride=1, padding=1),
-            nn.Conv2d(channels, fc, 3, padding=6, dilation=6),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(fc, fc, 1),
-            nn.ReLU(inplace=True),
+            *_convolution(channels, fc, 3, batch_norm, padding=6, dilation=6),
+            *_convolution(fc, fc, 1, batch_norm),
         ]
         self.vgg = nn.Sequential(*layers)
         self.norm = ScaledL2Norm(channels)
         self.extras = nn.ModuleList()
+        self.extra_norms = nn.ModuleList()  # without parameters unless batch_norm
         self.channels = [channels, fc]
         channels = fc
         for c, kernel, stride, padding in _EXTRAS[: 2 * (levels - 2)]:
             wanted = _scaled(c, width)
             self.extras.append(nn.Conv2d(channels, wanted, kernel, stride, padding))
+            self.extra_norms.append(nn.BatchNorm2d(wanted) if batch_norm else nn.Identity())
             channels = wanted
             if len(self.extras) % 2 == 0:
                 self.channels.append(channels)
@@ -94,15 +100,27 @@ class SSDTrunk(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Maps [N, C_k, h_k, w_k], coarser and coarser, of frames [N, in_channels, H, W]."""
-        x = self.vgg[:_SOURCE_0](x)
+        x = self.vgg[: self._source_0](x)
         sources = [self.norm(x)]
-        x = self.vgg[_SOURCE_0:](x)
+        x = self.vgg[self._source_0 :](x)
         sources.append(x)
-        for k, layer in enumerate(self.extras):
-            x = F.relu(layer(x), inplace=True)
+        for k, (layer, norm) in enumerate(zip(self.extras, self.extra_norms, strict=True)):
+            x = F.relu(norm(layer(x)), inplace=True)
             if k % 2:
                 sources.append(x)
         return sources
+
+
+def _convolution(
+    channels: int, wanted: int, kernel: int, batch_norm: bool, padding: int = 0, dilation: int = 1
+) -> list[nn.Module]:
+    """A convolution with bias, its norm if any, its ReLU."""
+    layers: list[nn.Module] = [
+        nn.Conv2d(channels, wanted, kernel, padding=padding, dilation=dilation)
+    ]
+    if batch_norm:
+        layers.append(nn.BatchNorm2d(wanted))
+    return [*layers, nn.ReLU(inplace=True)]
 
 
 def map_sizes(size: int, levels: int = 6) -> tuple[int, ...]:
@@ -126,17 +144,23 @@ class SSD300(nn.Module):
     Args:
         num_classes: K, background included.
         input_frames: images stacked in the channels.
-        width, levels: of the trunk.
+        width, levels, batch_norm: of the trunk.
     """
 
     system = "ssd300"
 
     def __init__(
-        self, num_classes: int, *, input_frames: int = 1, width: int = 64, levels: int = 6
+        self,
+        num_classes: int,
+        *,
+        input_frames: int = 1,
+        width: int = 64,
+        levels: int = 6,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
         self.num_classes, self.num_frames, self.levels = num_classes, 1, levels
-        self.base = SSDTrunk(3 * input_frames, width=width, levels=levels)
+        self.base = SSDTrunk(3 * input_frames, width=width, levels=levels, batch_norm=batch_norm)
         self.loc, self.conf = nn.ModuleList(), nn.ModuleList()
         for channels, boxes in zip(self.base.channels, BOXES_PER_CELL, strict=False):
             for heads, numbers in ((self.loc, 4), (self.conf, num_classes)):

@@ -25,6 +25,8 @@ def _core(ours: str, published: str) -> list[tuple[str, str]]:
         (f"{ours}.vgg.{{i}}.{{leaf}}", f"{published}vgg.{{i}}.{{leaf}}"),
         (f"{ours}.norm.{{leaf}}", f"{published}L2Norm.{{leaf}}"),
         (f"{ours}.extras.{{i}}.{{leaf}}", f"{published}extras.{{i}}.{{leaf}}"),
+        # No published file has norms; the row names them in ours.
+        (f"{ours}.extra_norms.{{i}}.{{leaf}}", f"{published}extra_norms.{{i}}.{{leaf}}"),
     ]
 
 
@@ -41,6 +43,8 @@ def _published_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
 
 def _to_published(name: str, value: Tensor) -> Tensor:
     """Head weights [O, T*C, 3, 3] as [O, T*9*C]."""
+    if "running_" in name:
+        raise ValueError(f"{name}: networks with batch norm have no published layout.")
     channels = _channels(name)
     if channels is None or value.dim() != 4:
         return value
@@ -107,6 +111,7 @@ SSD300_TABLE = NameTable(
         ("conf.{i}.{leaf}", "conf.{i}.{leaf}"),
     ),
     classifier=tuple(f"conf.{k}.{leaf}" for k in range(6) for leaf in ("weight", "bias")),
+    to_published=_to_published,
 )
 
 
