@@ -25,29 +25,56 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
+LIMIT_S = 480  # of every section
+PYTEST = ("-m", "pytest", "-q", "-m", "needs_cuda")
 NORMS = ("torch", "torch+compile", "fused", "fused+compile")
 # Section: command and time limit in seconds; env is answered in this process.
 COMMANDS = {
-    "build": ([PYTHON, "setup.py", "build_ext", "--inplace"], 900),
-    "tests": ([PYTHON, "-m", "pytest", "-q", "-m", "needs_cuda", "tests"], 900),
+    "build": ([PYTHON, "setup.py", "build_ext", "--inplace"], LIMIT_S),
+    "tests_operators": ([PYTHON, *PYTEST, "tests/kernels"], LIMIT_S),
+    "tests": ([PYTHON, *PYTEST, "--ignore=tests/kernels", "tests"], LIMIT_S),
     "sanitizer": (
         [
             *"compute-sanitizer --error-exitcode 9".split(),
             *f"{PYTHON} -m pytest -q -m needs_cuda -k matches_reference tests/kernels".split(),
         ],
-        900,
+        LIMIT_S,
     ),
     "kernels": (
         [PYTHON, "profile/kernels_bench.py", "--device", "cuda", "--compile", "--json"],
-        900,
+        LIMIT_S,
     ),
     **{
         f"step_{precision}": (
             [PYTHON, "profile/step.py", "--device", "cuda", "--precision", precision, "--json"],
-            900,
+            LIMIT_S,
         )
-        for precision in ("bf16", "fp16")
+        for precision in ("bf16", "fp16", "tf32", "fp32")
     },
+    # The same steps with every operator as plain PyTorch.
+    "step_reference": (
+        [
+            *("env", "ACCEL_KERNELS=reference", PYTHON, "profile/step.py", "--device", "cuda"),
+            *("--precision", "fp16", "--json"),
+        ],
+        LIMIT_S,
+    ),
+    # Real training, decoding included, with a profile of ten steps.
+    "training": (
+        [
+            *(PYTHON, "train.py", "--recipe", "demo_motion8", "--run.device", "cuda"),
+            *("--precision.mode", "fp16", "--log.profile", "torch", "--out", "{out}/training_run"),
+        ],
+        LIMIT_S,
+    ),
+    "training_report": ([PYTHON, "profile/nsys_report.py", "{out}/training_run/profile"], 120),
+    "bench": (
+        [
+            *(PYTHON, "-m", "accel.cli.main", "bench", "--recipe", "demo_motion8"),
+            *("--run.device", "cuda", "--precision.mode", "fp16"),
+        ],
+        LIMIT_S,
+    ),
     # Decides where model.batch_norm "auto" is "fused": 5 % less than the best of the others.
     "step_batch_norm": (
         [
@@ -57,7 +84,7 @@ COMMANDS = {
                 ",".join(f"{name}@{code}" for name in ("tsn", "tanet") for code in NORMS),
             ),
         ],
-        1200,
+        LIMIT_S,
     ),
 }
 SECTIONS = ("env", *COMMANDS)
@@ -91,6 +118,10 @@ def environment() -> dict[str, Any]:
 def run_section(name: str, out: Path) -> dict[str, Any]:
     """Run one command with its time limit; its output goes to <out>/<name>.log."""
     command, limit_s = COMMANDS[name]
+    command = [part.replace("{out}", str(out.resolve())) for part in command]
+    if name == "step_tf32" and torch.cuda.get_device_capability() < (8, 0):
+        outcome = "not run: this GPU has no tf32 arithmetic"
+        return {"outcome": outcome, "seconds": 0.0, "last_line": ""}
     if name == "step_bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         outcome = "not run: this GPU has no bf16 arithmetic"
         return {"outcome": outcome, "seconds": 0.0, "last_line": ""}

@@ -4,7 +4,18 @@ import sys
 from collections.abc import Callable, Sequence
 
 import accel
-from accel.cli import convert, data, detect, doctor, evaluate, models, recipes, reproduce, train
+from accel.cli import (
+    bench,
+    convert,
+    data,
+    detect,
+    doctor,
+    evaluate,
+    models,
+    recipes,
+    reproduce,
+    train,
+)
 from accel.cli.rendering import run_guarded
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
@@ -17,7 +28,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "ensemble": (evaluate.ensemble_main, "add stored scores of several models"),
     "reproduce": (reproduce.main, "train and test a published row, compare, report"),
     "results": (reproduce.results_main, "the table of published and measured results"),
-    "data": (data.main, "lists of known datasets from their official annotation files"),
+    "data": (data.main, "import lists of known datasets; check, measure, re-encode media"),
+    "bench": (bench.main, "rates of a recipe: the network alone, the input alone, both"),
     "convert": (convert.main, "convert a checkpoint between our layout and published ones"),
     "models": (models.main, "list the networks with their parameters and multiply-adds"),
     "recipes": (recipes.main, "list the recipes with their published rows, or check them"),

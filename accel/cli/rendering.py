@@ -21,7 +21,8 @@ def run_guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
     except (AccelError, DataError) as error:
         if "--verbose" in argv:
             traceback.print_exc()
-        print(f"error: {_rank()}{error}", file=sys.stderr)
+        if str(error):  # of several ranks with the same message one speaks
+            print(f"error: {_rank()}{error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -55,7 +55,7 @@ def _train(recipe: configs.Recipe, out: Path, options: argparse.Namespace) -> in
             )
         trainer_type = DetectionTrainer
 
-    world = start_world(resolve_device(recipe.run.device).type)
+    world = start_world(resolve_device(recipe.run.device).type, recipe.run.timeout_s)
     if not world.is_main:
         logging.disable(logging.WARNING)
     scratch = tempfile.TemporaryDirectory() if options.dry_run else None

@@ -55,6 +55,7 @@ HARMLESS_KEYS = frozenset(
         "data.cache_dir",
         "train.max_steps",
         "run.device",
+        "run.timeout_s",
         "run.threads",
         "test.protocols",
         "test.average",

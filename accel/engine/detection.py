@@ -329,7 +329,13 @@ class DetectionTrainer(Trainer):
         )
         self.train_loader = self.val_loader = self._open_microtubes()  # type: ignore[assignment]
         self.step = DetectionStep(
-            self.world.wrap(self.model, self.device, self.ranges),
+            self.world.wrap(
+                self.model,
+                self.device,
+                accumulation=self.accumulation,
+                compression=recipe.run.compress_gradients,
+                ranges=self.ranges,
+            ),
             self.optimizer,
             self.precision,
             accumulation=self.accumulation,

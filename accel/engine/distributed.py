@@ -2,8 +2,10 @@
 
 import inspect
 import os
-from dataclasses import dataclass
-from typing import Any
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,16 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from accel.engine.timing import Ranges
+from accel.errors import AccelError
+
+Compression = Literal["none", "fp16", "bf16"]
+_EXCHANGES: dict[Compression, Any] = {
+    "none": default_hooks.allreduce_hook,
+    "fp16": default_hooks.fp16_compress_hook,
+    "bf16": default_hooks.bf16_compress_hook,
+}
+_LETTING_GO_S = 0.3
+_PATIENCE_S = 2.0  # for the word of ranks that live
 
 
 @dataclass(frozen=True)
@@ -20,6 +32,8 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    store: Any = field(default=None, compare=False)
+    """Of the launcher; outlives the ranks."""
 
     @property
     def is_main(self) -> bool:
@@ -52,11 +66,24 @@ class World:
             dist.barrier()
 
     def wrap(
-        self, model: nn.Module, device: torch.device, ranges: Ranges | None = None
+        self,
+        model: nn.Module,
+        device: torch.device,
+        *,
+        accumulation: int = 1,
+        compression: Compression = "none",
+        ranges: Ranges | None = None,
     ) -> nn.Module:
         """DistributedDataParallel over all ranks, or the model itself for a single process.
 
+        Gradients live in the buckets that are exchanged, and the graph is taken to be the same in
+        every step; not with accumulation, where torch fails an assertion (expect_autograd_hooks_).
         Batch-norm statistics stay per rank, as published; buffers of rank 0 are the saved ones.
+
+        Args:
+            accumulation: micro-batches per step; all but the last run under `no_sync`.
+            compression: 16-bit type that gradients are exchanged in; fp32 is halved in volume.
+            ranges: marks the launch of each exchange ("all-reduce").
         """
         if self.size == 1:
             return model
@@ -66,33 +93,97 @@ class World:
             model,
             device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
+            static_graph=accumulation == 1,
             **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},
         )
-        if ranges is not None and ranges.enabled:
-            wrapped.register_comm_hook(ranges, _marked_all_reduce)  # type: ignore[operator]
+        if compression != "none" or (ranges is not None and ranges.enabled):
+            exchange = _EXCHANGES[compression]
+
+            # Without annotations: torch compares them with its own types.
+            def marked(ranges, bucket):  # type: ignore[no-untyped-def]
+                with ranges("all-reduce"):
+                    return exchange(dist.group.WORLD, bucket)
+
+            wrapped.register_comm_hook(ranges or Ranges("off"), marked)  # type: ignore[operator]
         return wrapped
 
+    def explain(self, error: BaseException) -> "PeerLostError | None":
+        """What to say of an error of torch that other ranks may have caused by going away.
 
-def _marked_all_reduce(ranges: Ranges, bucket: Any) -> Any:
-    """DDP's own exchange of a bucket of gradients, under a name that profiles show."""
-    with ranges("all-reduce"):
-        return default_hooks.allreduce_hook(dist.group.WORLD, bucket)  # type: ignore[arg-type]
+        Every rank that still lives says so in the store of the launcher; who is not there after a
+        moment is lost. None: all live, so the error is this rank's own.
+        """
+        if self.size == 1 or self.store is None or not isinstance(error, RuntimeError):
+            return None
+        lost = set(range(self.size))
+        try:
+            self.store.set(f"accel/alive/{self.rank}", "yes")
+            deadline = time.monotonic() + _PATIENCE_S
+            while lost and time.monotonic() < deadline:
+                lost -= {rank for rank in lost if self.store.check([f"accel/alive/{rank}"])}
+                time.sleep(0.05)
+        except RuntimeError:  # the launcher has gone too
+            return PeerLostError("the launcher or the node of rank 0 is gone; the job ends.", True)
+        if not lost:
+            return None
+        names = ", ".join(str(rank) for rank in sorted(lost))
+        ranks = "rank" if len(lost) == 1 else "ranks"
+        first = min(set(range(self.size)) - lost)
+        return PeerLostError(
+            f"{ranks} {names} ended or cannot be reached, so the job ends ({_one_line(error)}). "
+            "The same command continues from the last checkpoint.",
+            speaks=self.rank == first,
+        )
 
 
-def start_world(device_type: str) -> World:
-    """Join the process group that torchrun describes in the environment, if any."""
+class PeerLostError(AccelError):
+    """Another rank of the job is gone.
+
+    Args:
+        text: the message.
+        speaks: whether this rank is the one that shows it.
+    """
+
+    def __init__(self, text: str, speaks: bool) -> None:
+        super().__init__(text if speaks else "")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160]
+
+
+def start_world(device_type: str, timeout_s: float = 600.0) -> World:
+    """Join the process group that torchrun describes in the environment, if any.
+
+    Args:
+        device_type: "cuda" (NCCL) or "cpu" (gloo).
+        timeout_s: how long a rank waits for the others before the job ends.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device_type == "cuda":
         torch.cuda.set_device(local_rank)  # NCCL's own collectives use the current device
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
-    return World(rank=dist.get_rank(), size=size, local_rank=local_rank)
+    timeout = timedelta(seconds=timeout_s)
+    untyped: Any = dist
+    store, rank, size = next(untyped.rendezvous("env://", timeout=timeout))
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # its keys are not ours
+    store = untyped.PrefixStore(f"attempt-{restart}", store)
+    dist.init_process_group(
+        "nccl" if device_type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+    )
+    return World(rank=rank, size=size, local_rank=local_rank, store=store)
 
 
 def stop_world() -> None:
     """Leave the process group, if one was joined."""
     if dist.is_available() and dist.is_initialized():
+        # gloo's thread needs the interpreter to let go of the tensors of its last exchange, and the
+        # end of the group waits for that thread without giving up the interpreter (torch 2.13).
+        time.sleep(_LETTING_GO_S)
         dist.destroy_process_group()

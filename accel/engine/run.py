@@ -15,6 +15,7 @@ from typing import IO, Any, Literal
 import torch
 
 from accel.engine.checkpoint import write_atomically
+from accel.engine.distributed import Compression
 from accel.errors import ConfigError
 
 DALI_PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")
@@ -30,12 +31,18 @@ class RunConfig:
     """auto = cuda when torch sees a GPU."""
     threads: int = 0
     """CPU threads of torch; 0 = torch's default. Other thread counts may change the last bits."""
+    timeout_s: float = 600.0
+    """Several processes: seconds that one waits for the others before the job ends, > 0."""
+    compress_gradients: Compression = "none"
+    """Several processes: exchange gradients as "fp16" or "bf16" (half the volume) or "none"."""
     deterministic: bool = False
     """Deterministic algorithms only: equal bits on one device type, world size and versions."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"run.seed: must be in 0..{2**32 - 1}, got {self.seed}.")
+        if self.timeout_s <= 0:
+            raise ValueError(f"run.timeout_s: must be > 0, got {self.timeout_s}.")
         if self.threads < 0:
             raise ValueError(
                 f"run.threads: must be >= 0 (0 = torch's default), got {self.threads}."

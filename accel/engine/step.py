@@ -28,6 +28,9 @@ class TrainConfig:
     micro_batch: int = 8
     """Clips per forward of one process; batch norm sees these. global_batch must be a multiple of
     micro_batch x processes; the quotient is the number of accumulated micro-batches."""
+    sync_bn: bool = False
+    """Several processes: 2-D batch norms see the clips of all of them (in the fused operator);
+    false: those of one process, as published."""
     max_steps: int = 0
     """End after so many optimizer steps although the schedule is longer; 0 = the whole schedule."""
 

@@ -35,6 +35,7 @@ from accel.engine.stop import StopRequested, StopSignals
 from accel.engine.timing import Ranges
 from accel.errors import CheckpointError, ConfigError
 from accel.models import build_model
+from accel.models.norm import synchronize
 from pipelines.datasets import Dataset
 from pipelines.errors import DataError
 from pipelines.loader import Batch, Loader
@@ -147,7 +148,13 @@ class Trainer:
         self._started = time.monotonic() - self.counters.wall_s
         try:
             with GpuSampler(self.device) as self.gpu, StopSignals() as self._stop:
-                self._loop(journal, progress)
+                try:
+                    self._loop(journal, progress)
+                except RuntimeError as error:
+                    # Here a SIGTERM of the launcher, which ends the job too, is only noted.
+                    if lost := self.world.explain(error):
+                        raise lost from error
+                    raise
         except DataError:
             # Nothing is lost, unless half a step has already moved the batch-norm statistics.
             if self.world.size == 1 and not self.step.underway:
@@ -351,6 +358,8 @@ class Trainer:
             num_classes=self.dataset.num_classes,
             num_segments=recipe.sampling.num_segments,
         ).to(self.device)
+        if recipe.train.sync_bn and self.world.size > 1:
+            synchronize(self.model, lambda values: self.world.sum_([values]))
         self.optimizer = Optimizer(self.model, recipe.optim)
         self.ranges = Ranges(RECORDERS[recipe.log.profile])
         self.ranges.mark(self.model.named_parts())
@@ -363,7 +372,13 @@ class Trainer:
         self.train_loader = self._open_loader("train", recipe.train.micro_batch)
         self.val_loader = self._open_loader("val", recipe.test.batch or recipe.train.micro_batch)
         self.step = TrainStep(
-            self.world.wrap(self.model, self.device, self.ranges),
+            self.world.wrap(
+                self.model,
+                self.device,
+                accumulation=self.accumulation,
+                compression=recipe.run.compress_gradients,
+                ranges=self.ranges,
+            ),
             self.optimizer,
             self.precision,
             accumulation=self.accumulation,

@@ -36,7 +36,12 @@ def to_channels_last(module: nn.Module) -> None:
     """Lay out the 2-D kernels of a module; `Module.to` would refuse if it held 3-D ones too."""
     for parameter in module.parameters():
         if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+            weight = parameter.data.contiguous(memory_format=torch.channels_last)
+            _, channels, height, width = weight.shape
+            # The memory of a 1x1 kernel can be described in two ways. Gradients have this one, and
+            # DistributedDataParallel warns of (and copies for) parameters that differ from it.
+            strides = (channels * height * width, 1, width * channels, channels)
+            parameter.data = weight.as_strided(weight.shape, strides)
 
 
 def _norm_and_temporal(norm: BatchNormAct2d, temporal: nn.Module, x: Tensor) -> Tensor:

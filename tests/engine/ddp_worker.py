@@ -1,0 +1,84 @@
+"""One rank of trainings on synthetic clips: [torchrun] ddp_worker.py OUT KEY=VALUE,.. KEY=VALUE,..
+
+Writes metrics and weights of rank 0 to OUT, for each configuration. Every step takes the same 12
+clips of 2 segments, dealt out in micro-batches as the loader does it.
+"""
+
+import sys
+from typing import Any
+
+import torch
+
+from accel.engine.distributed import World, start_world, stop_world
+from accel.engine.optim import OptimConfig, Optimizer
+from accel.engine.precision import Precision, PrecisionConfig
+from accel.engine.seeding import seed_everything
+from accel.engine.step import TrainStep
+from accel.engine.timing import Ranges
+from accel.models import build_model
+from accel.models.norm import set_implementation, synchronize
+from pipelines.loader import Batch
+from pipelines.order import train_positions
+
+GLOBAL = 12
+DEFAULTS = {"model": "tanet", "steps": "20", "micro": "2", "compression": "none", "bn": "own"}
+
+
+def train(world: World, options: dict[str, str]) -> dict[str, Any]:
+    micro, steps = int(options["micro"]), int(options["steps"])
+    seed_everything(0, "model")
+    model = build_model(
+        options["model"], num_classes=3, num_segments=2, depth=18, width=8, stages=2, dropout=0.0
+    )
+    if options["bn"] == "fused":
+        set_implementation(model, "fused")
+    if options["bn"] == "synchronized":
+        synchronize(model, lambda values: world.sum_([values]))
+    device = torch.device("cpu")
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    length = model.frames_per_segment
+    accumulation = GLOBAL // (micro * world.size)
+    step = TrainStep(
+        world.wrap(model, device, accumulation=accumulation, compression=options["compression"]),
+        Optimizer(model, OptimConfig(lr=0.01)),
+        Precision(PrecisionConfig(), device, mean=mean, std=std, frames_per_segment=length),
+        accumulation=accumulation,
+        clip_norm=20.0,
+        seed=0,
+        world=world,
+        ranges=Ranges("off"),
+    )
+
+    def batch(index: int) -> Batch:
+        positions = train_positions(
+            index, rank=world.rank, world_size=world.size, micro_batch=micro, global_batch=GLOBAL
+        )
+        clips = []
+        for position in positions:
+            generator = torch.Generator().manual_seed(position)
+            shape = (2 * length, 32, 32, 3)
+            clips.append(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator))
+        labels = torch.tensor([position % 3 for position in positions])
+        return Batch(torch.stack(clips), labels, torch.tensor(list(positions)))
+
+    batches = (batch(index) for index in range(steps * accumulation))
+    metrics = [step(batches, iteration, stop=world.rank == 1) for iteration in range(steps)]
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+    return {"metrics": torch.stack(metrics), "model": weights}
+
+
+def main() -> None:
+    out, *configurations = sys.argv[1:]
+    torch.set_num_threads(1)
+    world = start_world("cpu", 60)
+    results = [
+        train(world, DEFAULTS | dict(pair.split("=") for pair in text.split(",") if pair))
+        for text in configurations
+    ]
+    if world.is_main:
+        torch.save(results, out)
+    stop_world()
+
+
+if __name__ == "__main__":
+    main()
