@@ -156,7 +156,7 @@ class _AllReduce(torch.autograd.Function):
 
 
 def deform_conv(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See `kernels.deform_conv`. Samples in fp32 (fp64), one gather per corner."""
+    """See `kernels.deform_conv`. Samples in fp32 (fp64)."""
     batch, channels, height, width = x.shape
     k = weight.shape[-1]
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -170,16 +170,19 @@ def deform_conv(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None =
     y, z = torch.where(inside, y, 0), torch.where(inside, z, 0)  # not infinite: 0 times it is NaN
     top, left = y.floor(), z.floor()
     down, right = y - top, z - left  # within the cell; the derivative of floor is 0
-    flat = x.to(wide).flatten(2)  # [B, C, H*W]
-    samples = x.new_zeros((batch, channels, k * k, height, width), dtype=wide)
+    corners, shares = [], []
     for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
         i, j = top + dy, left + dx
         exists = inside & (i >= 0) & (i < height) & (j >= 0) & (j < width)
-        index = torch.where(exists, i * width + j, 0).long()
+        corners.append(torch.where(exists, i * width + j, 0).long())
         share = (down if dy else 1 - down) * (right if dx else 1 - right)
-        share = torch.where(exists, share, 0)  # [B, k*k, H, W]
-        corner = flat.gather(2, index.flatten(1)[:, None].expand(-1, channels, -1))
-        samples = samples + corner.view_as(samples) * share[:, None]
+        shares.append(torch.where(exists, share, 0))
+    index = torch.stack(corners, 1).flatten(1)  # [B, 4*k*k*H*W]
+    # One gather: the gradient of four that are added up comes out as 0 from Inductor's C++
+    # (torch 2.13) where a convolution made x and the offsets have a gradient too.
+    found = x.to(wide).flatten(2).gather(2, index[:, None].expand(-1, channels, -1))
+    found = found.view(batch, channels, 4, k * k, height, width)
+    samples = (found * torch.stack(shares, 1)[:, None]).sum(2)  # [B, C, k*k, H, W]
     out = torch.einsum("bcqhw,ocq->bohw", samples, weight.to(wide).flatten(2))
     if bias is not None:
         out = out + bias.to(wide)[:, None, None]

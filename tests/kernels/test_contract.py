@@ -441,7 +441,7 @@ COMPILATIONS = [
         ("aot_eager", "auto", OPERATORS),
         ("aot_eager", "reference", OPERATORS),
         ("inductor", "auto", OPERATORS),
-        ("inductor", "reference", CLIPS[:3]),  # PyTorch's own code: three are enough
+        ("inductor", "reference", [*CLIPS[:3], DEFORM_CONV]),
     )
     for operator in operators
 ]
