@@ -166,6 +166,7 @@ def expected_values(run: str) -> dict[str, Any]:
         "model.faithful": True,
         "model.partial_bn": False,
         "model.dropout": fact["dropout"],
+        "train.sync_bn": fact["sync_bn"],
         "optim.lr": fact["lr"],
         "optim.momentum": 0.9,
         "optim.nesterov": fact["nesterov"],
