@@ -4,8 +4,9 @@ import contextlib
 import fcntl
 import logging
 import os
+import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from pipelines.errors import DataError
@@ -42,3 +43,30 @@ def replace_bytes(path: Path, parts: Iterable[bytes]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_once(root: Path, write: Callable[[Path], None]) -> None:
+    """Make a folder that does not exist yet: complete or not at all; others wait for the first.
+
+    Args:
+        root: the folder.
+        write: fills the folder of that path, which it makes.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    if root.is_dir():
+        return
+    with locked(root.with_name(f"{root.name}.lock")):
+        if root.is_dir():
+            return
+        for left_over in root.parent.glob(f"{root.name}.tmp-*"):  # of a killed process
+            shutil.rmtree(left_over, ignore_errors=True)
+        partial = root.with_name(f"{root.name}.tmp-{uuid.uuid4().hex}")
+        try:
+            write(partial)
+            partial.rename(root)
+        except OSError as error:
+            raise DataError(f"{root}: the set cannot be written: {error}.") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)

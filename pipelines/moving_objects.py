@@ -8,8 +8,6 @@ UCF24 is: JPEG frames in `rgb-images/`, `splitfiles/annotations.json`, `splitfil
 import hashlib
 import json
 import logging
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipelines.cache import locked
-from pipelines.errors import DataError
+from pipelines.cache import write_once
 from pipelines.synthetic import dead_leaves
 
 _LOG = logging.getLogger(__name__)
@@ -53,21 +50,9 @@ def generate_moving_objects(
     parameters = [_VERSION, seed, num_train, num_test, FRAME_PX, _NUM_FRAMES, CLASSES]
     digest = hashlib.sha256(json.dumps(parameters).encode()).hexdigest()[:12]
     root = cache_dir / f"moving_objects-{digest}"
-    if root.is_dir():
-        return root
-    with locked(cache_dir / f"{root.name}.lock"):
-        if root.is_dir():
-            return root
-        for left_over in cache_dir.glob(f"{root.name}.tmp-*"):  # of a killed process
-            shutil.rmtree(left_over, ignore_errors=True)
-        partial = cache_dir / f"{root.name}.tmp-{uuid.uuid4().hex}"
-        try:
-            _write_set(partial, seed, {"train": num_train, "test": num_test})
-            partial.rename(root)
-        except OSError as error:
-            raise DataError(f"{root}: the set cannot be written: {error}.") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    write_once(
+        root, lambda folder: _write_set(folder, seed, {"train": num_train, "test": num_test})
+    )
     return root
 
 

@@ -16,10 +16,8 @@ import logging
 import math
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
-import uuid
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -31,8 +29,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from pipelines.cache import locked
-from pipelines.errors import DataError
+from pipelines.cache import write_once
 
 _LOG = logging.getLogger(__name__)
 
@@ -76,21 +73,10 @@ def generate_motion8(
     parameters = [_VERSION, seed, num_train, num_val, _FRAME_PX, _TEXTURE_PX, CLASSES]
     digest = hashlib.sha256(json.dumps(parameters).encode()).hexdigest()[:12]
     root = cache_dir / f"motion8-{digest}"
-    if root.is_dir():
-        return root
-    with locked(cache_dir / f"{root.name}.lock"):
-        if root.is_dir():
-            return root
-        for left_over in cache_dir.glob(f"{root.name}.tmp-*"):  # of a killed process
-            shutil.rmtree(left_over, ignore_errors=True)
-        partial = cache_dir / f"{root.name}.tmp-{uuid.uuid4().hex}"
-        try:
-            _write_set(partial, seed, {"train": num_train, "val": num_val}, progress)
-            partial.rename(root)
-        except OSError as error:
-            raise DataError(f"{root}: the set cannot be written: {error}.") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    write_once(
+        root,
+        lambda folder: _write_set(folder, seed, {"train": num_train, "val": num_val}, progress),
+    )
     return root
 
 
