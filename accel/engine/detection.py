@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from accel.detection.priors import IMAGE_SIZE, ssd300_priors, ssd_priors
 from accel.detection.video_ap import TruthTube, video_map
 from accel.engine.detection_config import DetectionConfig
 from accel.engine.optim import Optimizer
-from accel.engine.profiling import RECORDERS, StepProfiler
+from accel.engine.profiling import RECORDERS
 from accel.engine.seeding import seed_everything
 from accel.engine.step import TrainStep
 from accel.engine.timing import Ranges
@@ -321,21 +321,10 @@ class DetectionTrainer(Trainer):
         self.model = model
         self.optimizer = Optimizer(model, recipe.optim)
         self.ranges = Ranges(RECORDERS[recipe.log.profile])
-        self.profiler = StepProfiler(
-            recipe.log if self.world.is_main else replace(recipe.log, profile="none"),
-            self.folder.path / "profile",
-            self.device,
-            self._profile_facts,
-        )
+        self.profiler = self._open_profiler()
         self.train_loader = self.val_loader = self._open_microtubes()  # type: ignore[assignment]
         self.step = DetectionStep(
-            self.world.wrap(
-                self.model,
-                self.device,
-                accumulation=self.accumulation,
-                compression=recipe.run.compress_gradients,
-                ranges=self.ranges,
-            ),
+            self._wrapped_model(),
             self.optimizer,
             self.precision,
             accumulation=self.accumulation,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import accel
 from accel.engine import config as configs
@@ -363,28 +364,35 @@ class Trainer:
         self.optimizer = Optimizer(self.model, recipe.optim)
         self.ranges = Ranges(RECORDERS[recipe.log.profile])
         self.ranges.mark(self.model.named_parts())
-        self.profiler = StepProfiler(
-            recipe.log if self.world.is_main else replace(recipe.log, profile="none"),
-            self.folder.path / "profile",
-            self.device,
-            self._profile_facts,
-        )
+        self.profiler = self._open_profiler()
         self.train_loader = self._open_loader("train", recipe.train.micro_batch)
         self.val_loader = self._open_loader("val", recipe.test.batch or recipe.train.micro_batch)
         self.step = TrainStep(
-            self.world.wrap(
-                self.model,
-                self.device,
-                accumulation=self.accumulation,
-                compression=recipe.run.compress_gradients,
-                ranges=self.ranges,
-            ),
+            self._wrapped_model(),
             self.optimizer,
             self.precision,
             accumulation=self.accumulation,
             clip_norm=recipe.optim.clip_norm,
             seed=recipe.run.seed,
             world=self.world,
+            ranges=self.ranges,
+        )
+
+    def _open_profiler(self) -> StepProfiler:
+        log = self.recipe.log
+        return StepProfiler(
+            log if self.world.is_main else replace(log, profile="none"),
+            self.folder.path / "profile",
+            self.device,
+            self._profile_facts,
+        )
+
+    def _wrapped_model(self) -> nn.Module:
+        return self.world.wrap(
+            self.model,
+            self.device,
+            accumulation=self.accumulation,
+            compression=self.recipe.run.compress_gradients,
             ranges=self.ranges,
         )
 
