@@ -82,6 +82,8 @@ def plain_view(images: np.ndarray, *, size: int = 300) -> np.ndarray:
 
 def resize(images: np.ndarray, size: int) -> np.ndarray:
     """[n, H, W, 3] float32 to [n, size, size, 3]: bilinear, half-pixel centers, no antialiasing."""
+    if images.shape[1:3] == (size, size):
+        return images
     # In double precision: positions in single precision shift a large canvas by visible amounts.
     x = torch.from_numpy(images.astype(np.float64)).permute(0, 3, 1, 2)
     x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)

@@ -14,7 +14,7 @@ def multibox_loss(
     targets: Tensor,
     *,
     negatives_per_positive: int = 3,
-    num_positive: Tensor | None = None,
+    divisor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Localization and classification loss of a batch; the training loss is their sum.
 
@@ -29,7 +29,7 @@ def multibox_loss(
         labels: [B, P] int64, from `matching.match`.
         targets: [B, P, 4*T], used where the label is positive.
         negatives_per_positive: of the mining.
-        num_positive: the divisor instead, for a batch that is one part of a larger one.
+        divisor: instead of the number of positive priors, > 0: for a part of a larger batch.
     """
     wide = torch.promote_types(conf.dtype, torch.float32)
     log_probs = conf.to(wide).log_softmax(dim=-1)
@@ -44,8 +44,7 @@ def multibox_loss(
     distance = F.smooth_l1_loss(
         loc.to(wide), torch.where(inside, targets.to(wide), 0), reduction="none"
     )
-    count = positive.sum() if num_positive is None else num_positive
-    count = count.clamp(min=1)
+    count = positive.sum().clamp(min=1) if divisor is None else divisor
     return (
         torch.where(inside, distance, 0).sum() / count,
         torch.where(chosen, entropy, 0).sum() / count,

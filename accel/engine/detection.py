@@ -1,10 +1,10 @@
 """Training and evaluating a detector in the engine: micro-tubes in, video-mAP out."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from accel.detection.candidates import (
 from accel.detection.labelling import LabelRule, Tube, is_kept, trim
 from accel.detection.linking import link
 from accel.detection.losses import multibox_loss
-from accel.detection.matching import match
+from accel.detection.matching import Matches, match
 from accel.detection.priors import IMAGE_SIZE, ssd300_priors, ssd_priors
 from accel.detection.video_ap import TruthTube, video_map
 from accel.engine.detection_config import DetectionConfig
@@ -42,7 +42,7 @@ from accel.models.convert.amtnet import fill_trunk
 from accel.models.detectors import Detector, build_detector
 from accel.models.vgg_ssd import map_sizes
 from accel.models.weights import read_state_dict
-from pipelines.microtube_loader import MicrotubeLoader, read_images, stream_inputs
+from pipelines.microtube_loader import MicrotubeBatch, MicrotubeLoader, read_images, stream_inputs
 from pipelines.microtubes import TRAIN_GAPS, Microtube, list_microtubes
 from pipelines.moving_objects import generate_moving_objects
 from pipelines.ssd_augment import plain_view
@@ -258,26 +258,47 @@ def _joined(parts: Sequence[FrameBoxes]) -> FrameBoxes:
     )
 
 
+class _Matched(NamedTuple):
+    """A micro-batch, what each prior should predict, and the divisor of its loss."""
+
+    batch: MicrotubeBatch
+    matches: Matches
+    divisor: Tensor
+
+
 class DetectionStep(TrainStep):
     """An optimizer step with the MultiBox loss.
 
-    The loss of a micro-batch is divided by its own positive priors; with one micro-batch per step
-    on one device this is the published loss.
+    The loss is divided by the positive priors of the whole global batch, over all micro-batches and
+    processes, as published: how a batch is cut changes nothing.
     """
 
     def __init__(self, *args: Any, priors: Tensor, pixel_scale: float, **options: Any) -> None:
         super().__init__(*args, **options)
         self._priors, self._scale = priors, pixel_scale
 
+    def _micro_batches(self, batches: Iterator[MicrotubeBatch]) -> Iterator[_Matched]:
+        # The divisor is known when all boxes are, so all micro-batches of the step are taken first.
+        step = list(super()._micro_batches(batches))
+        with self.ranges("matching"):
+            matches = [match(batch.boxes, batch.labels, self._priors) for batch in step]
+            positive = torch.stack([(own.labels > 0).sum() for own in matches]).sum().float()
+            self._world.sum_([positive])
+            # What is added up is averaged over the micro-batches and the processes.
+            divisor = positive.clamp(min=1) / (self._accumulation * self._world.size)
+        for batch, own in zip(step, matches, strict=True):
+            yield _Matched(batch, own, divisor)
+
     def _forward(self, batch: Any) -> Tensor:
         with self.ranges("ingest"):
-            inputs = [x / self._scale for x in batch.streams]
+            inputs = [x / self._scale for x in batch.batch.streams]
         with self._precision.autocast():
             with self.ranges("forward"):
                 conf, loc = self._model(*inputs)
         with self.ranges("loss"):
-            matches = match(batch.boxes, batch.labels, self._priors)
-            localization, classification = multibox_loss(conf, loc, *matches)
+            localization, classification = multibox_loss(
+                conf, loc, *batch.matches, divisor=batch.divisor
+            )
             return localization + classification
 
 

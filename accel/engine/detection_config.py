@@ -89,6 +89,7 @@ class DetectionConfig:
             "input_frames": self.stack,
             "width": self.width,
             "levels": self.levels,
+            "batch_norm": self.batch_norm,
         }
         if self.network == "ssd300":
             return common

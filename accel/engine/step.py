@@ -114,9 +114,7 @@ class TrainStep:
             totals[1].fill_(1)
         if self._statistics is not None:
             self._statistics.keep()
-        for micro_step in range(self._accumulation):
-            with self.ranges("data wait"), self.data_wait.running():
-                batch = next(batches)
+        for micro_step, batch in enumerate(self._micro_batches(batches)):
             self.underway = True
             last = micro_step == self._accumulation - 1
             seed_everything(self._seed, "forward", iteration, micro_step, self._world.rank)
@@ -136,6 +134,13 @@ class TrainStep:
                 self._world.sum_([totals])
             loss_sum /= self._world.size
         return torch.stack([loss_sum, norm.float(), skipped, totals[1]])
+
+    def _micro_batches(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The micro-batches of this step, each when its turn comes."""
+        for _ in range(self._accumulation):
+            with self.ranges("data wait"), self.data_wait.running():
+                batch = next(batches)
+            yield batch
 
     def _forward(self, batch: Batch) -> Tensor:
         with self.ranges("ingest"):

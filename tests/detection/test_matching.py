@@ -179,7 +179,7 @@ def test_loss_of_a_part_of_the_batch() -> None:
     whole = multibox_loss(conf, loc, labels, targets)
     count = (labels > 0).sum()
     parts = [
-        multibox_loss(conf[s], loc[s], labels[s], targets[s], num_positive=count)
+        multibox_loss(conf[s], loc[s], labels[s], targets[s], divisor=count)
         for s in (slice(0, 1), slice(1, 3))
     ]
     for total, first, second in zip(whole, *parts, strict=True):

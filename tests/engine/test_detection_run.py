@@ -61,6 +61,8 @@ def test_a_run_ends_with_a_video_map_and_a_checkpoint(finished) -> None:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows if "event" not in row] == [0, 1, 2, 3]
     assert (out / "curves.png").stat().st_size > 1000
+    # The recipe asks for norms in the trunk: its network has them.
+    assert any(name.endswith("running_mean") for name in load_verified(_last(summary))["model"])
 
 
 def test_an_interrupted_run_has_the_same_bits(finished, root, tmp_path) -> None:

@@ -25,6 +25,8 @@ CONFIGURATIONS = {
         "tdn": "model=tdn,steps=3",
         "amsnet": "model=amsnet,steps=3",
         "norms of 4 clips": "model=tsn,micro=4,bn=fused,steps=5",
+        "amtnet": "model=amtnet,steps=5",
+        "amtnet, whole batch": "model=amtnet,steps=5,micro=12",
     },
     2: {
         "tanet": "",
@@ -35,6 +37,7 @@ CONFIGURATIONS = {
         "one micro-batch": "micro=6,steps=5",
         "norms of 4 clips": "model=tsn,micro=2,bn=synchronized,steps=5",
         "norms of 2 clips": "model=tsn,micro=2,steps=1",
+        "amtnet": "model=amtnet,steps=5",
     },
     3: {"tanet": ""},
 }
@@ -83,6 +86,16 @@ def test_other_networks_too(trained, name):
     two, others = trained[2][name]
     assert two[:, 0].tolist() == pytest.approx(one[:, 0].tolist(), rel=1e-5)
     assert _largest_difference(weights, others) < 1e-5
+
+
+def test_the_multibox_loss_is_divided_by_the_positives_of_the_whole_batch(trained):
+    """12 micro-tubes per step: at once, as 6 micro-batches, and as 2 processes with 3 each."""
+    one, weights = trained[1]["amtnet, whole batch"]
+    for metrics, others in (trained[1]["amtnet"], trained[2]["amtnet"]):
+        assert metrics[:, 0].tolist() == pytest.approx(one[:, 0].tolist(), rel=1e-5)
+        assert metrics[:, 1].tolist() == pytest.approx(one[:, 1].tolist(), rel=1e-4)
+        assert _largest_difference(weights, others) < 1e-5
+    assert one[-1, 0] != one[0, 0]
 
 
 @pytest.mark.parametrize("compression", ["fp16", "bf16"])
