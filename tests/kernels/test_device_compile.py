@@ -31,6 +31,7 @@ def short_name(mangled: str) -> str:
     """Kernel name with template arguments, without namespaces and parameters."""
     full = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
     name = re.sub(r"\(anonymous namespace\)::|accel_kernels::|^void ", "", full.strip())
+    name = re.sub(r"\(\w+\)(?=\d)", "", name)  # of a constant: (IngestForm)1
     return name.split("(")[0]
 
 

@@ -34,15 +34,20 @@ def device(build_for_host: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    # B, L, P, channels, offset of out in its allocation
+    # B, L, P, channels, offset of frames and out in their allocations
     "sizes",
-    [(2, 1, 35, 3, 0), (1, 1, 600, 4, 0), (3, 5, 24, 15, 0), (1, 3, 7, 16, 0), (2, 5, 11, 15, 1)],
+    [
+        *((2, 1, 35, 3, 0), (2, 1, 6000, 3, 0), (2, 1, 2000, 3, 1)),  # 6000 pixels: several blocks
+        *((1, 1, 600, 4, 0), (1, 3, 7, 16, 0)),
+        *((3, 5, 24, 15, 0), (2, 5, 11, 15, 1), (3, 5, 600, 15, 0)),
+    ],
     ids=str,
 )
 def test_kernels_match_reference(device: ctypes.CDLL, dtype: torch.dtype, sizes: tuple) -> None:
     B, L, P, channels, offset = sizes
     generator = torch.Generator().manual_seed(0)
-    frames = torch.randint(256, (B * L, P, 1, 3), generator=generator, dtype=torch.uint8)
+    stored = torch.randint(256, (offset + B * L * P * 3,), generator=generator, dtype=torch.uint8)
+    frames = stored[offset:].view(B * L, P, 1, 3)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     mean = torch.rand(3, generator=generator).to(wide)
     std = torch.rand(3, generator=generator).to(wide) + 0.1
