@@ -154,13 +154,8 @@ class DaliVideo:
             RuntimeError: from DALI, for the whole group.
         """
         values = [future.result() for future in submitted]
-        if self._images:
-            self._feed = {
-                name: [each for value in values for each in _per_frame(value, name)]
-                for name in self._inputs
-            }
-        else:
-            self._feed = {name: [value[name] for value in values] for name in self._inputs}
+        frames = [len(value["encoded"]) for value in values] if self._images else None
+        self._feed = {name: _batched(name, values, frames) for name in self._inputs}
         views = [self._to_torch(view.as_tensor()) for view in self._pipeline.run()]
         if self._images:
             views = [self._clips(view, values) for view in views]
@@ -186,12 +181,11 @@ class DaliVideo:
     def _values(self, sample: Sample) -> dict[str, Any]:
         width, height = sample.views[0].resized
         values = self._source_values(sample)
-        values["resized"] = np.array([height, width], np.float32)
+        values["resized"] = (height, width)
         for k, view in enumerate(sample.views):
             x0, y0, width, height = view.window
-            values[f"start{k}"] = np.array([y0, x0], np.int32)
-            values[f"end{k}"] = np.array([y0 + height, x0 + width], np.int32)
-            values[f"flip{k}"] = np.array(int(view.flip), np.int32)
+            values[f"start{k}"], values[f"end{k}"] = (y0, x0), (y0 + height, x0 + width)
+            values[f"flip{k}"] = int(view.flip)
         return values
 
     def _source_values(self, sample: Sample) -> dict[str, Any]:
@@ -229,8 +223,18 @@ def _copied(tensor: Any) -> torch.Tensor:
     return torch.from_numpy(np.array(tensor))
 
 
-def _per_frame(values: dict[str, Any], name: str) -> list[Any]:
-    """A sample's input for each of its frames."""
-    if name == "encoded":
-        return list(values[name])
-    return [values[name]] * len(values["encoded"])
+def _batched(name: str, values: Sequence[dict[str, Any]], frames: list[int] | None) -> Any:
+    """An input of the graph for a group of samples, one item for each, or for each of its frames.
+
+    Args:
+        name: of the input.
+        values: of the samples.
+        frames: of each sample, where each frame is a sample to DALI.
+    """
+    if frames is not None and name == "encoded":
+        return [frame for value in values for frame in value[name]]
+    column = [value[name] for value in values]
+    if name in ("encoded", "decoded", "frames", "gather"):  # of different sizes
+        return column
+    numbers = np.array(column, np.float32 if name == "resized" else np.int32)
+    return numbers if frames is None else np.repeat(numbers, frames, axis=0)

@@ -15,6 +15,7 @@ from pipelines.media import MediaInfo, StreamKind
 
 _NUMBERED = re.compile(r"(.*?)([0-9]+)(\.(?:jpe?g|png))", re.IGNORECASE)
 _HEAD_BYTES = 65_536  # a JPEG may begin with a preview image
+_READ_BYTES = 65_536  # more than most frames have
 
 
 def find_frame_name(folder: Path) -> str:
@@ -83,7 +84,7 @@ def _listed(folder: Path) -> list[str]:
         raise MediaError(folder, f"cannot be read: {reason}.") from error
 
 
-def image_header(path: Path, head: bytes) -> tuple[str, int, int]:
+def image_header(path: Path | str, head: bytes) -> tuple[str, int, int]:
     """("jpeg" or "png", width, height) from the first bytes of a file.
 
     Raises:
@@ -110,9 +111,9 @@ def read_encoded(folder: Path, info: MediaInfo, frames: Sequence[int]) -> list[b
     """
     contents = []
     for frame in frames:
-        path = folder / info.kind.frame_name.format(info.first_number + frame)
+        path = f"{folder}/{info.kind.frame_name.format(info.first_number + frame)}"
         try:
-            contents.append(path.read_bytes())
+            contents.append(_content(path))
         except OSError as error:
             reason = error.strerror or str(error)
             raise MediaError(path, f"cannot be read: {reason}.") from error
@@ -121,6 +122,21 @@ def read_encoded(folder: Path, info: MediaInfo, frames: Sequence[int]) -> list[b
             wanted = f"{info.width} x {info.height} px as in the first frame of the folder"
             raise MediaError(path, f"expected {wanted}, got {width} x {height}.")
     return contents
+
+
+def _content(path: str) -> bytes:
+    """A file with as few calls as can be: each gives way to other threads that read or decode."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        content = os.read(handle, _READ_BYTES)
+        if len(content) < _READ_BYTES:  # all of a regular file
+            return content
+        parts = [content]
+        while parts[-1]:
+            parts.append(os.read(handle, 1 << 20))
+        return b"".join(parts)
+    finally:
+        os.close(handle)
 
 
 def read_images(folder: Path, info: MediaInfo, frames: Sequence[int]) -> npt.NDArray[np.uint8]:

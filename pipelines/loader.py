@@ -130,9 +130,13 @@ class Loader:
         self._device = device
         self._ranges = ranges
         self._threads = loader.resolved_threads()
-        # Micro-batches decoded together: enough videos to keep every thread busy. All views of a
-        # video may take 100 MB, so then no more than that.
-        videos = self._threads if source.num_views > 1 else 2 * self._threads
+        # Micro-batches decoded together: enough to keep every thread busy. Images are so quick to
+        # decode that only 64 of them per thread outweigh the cost of one more group.
+        videos = 2 * self._threads
+        if source.infos.are_frames:
+            videos = max(videos, 64 * self._threads // source.max_frames)
+        if source.num_views > 1:  # all views of a video may take 100 MB
+            videos = self._threads
         self._group = max(1, math.ceil(videos / micro_batch))
         self._plan = DecoderPlan(
             source=source,

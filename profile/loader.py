@@ -30,7 +30,7 @@ from pipelines.errors import DataError
 from pipelines.loader import Loader, build_loader
 from pipelines.synthetic import dead_leaves
 
-WIDTH, HEIGHT, FRAMES, FPS, SIZE = 340, 256, 300, 30, 224
+WIDTH, HEIGHT, FPS, SIZE = 340, 256, 30, 224
 REPEATS = 8  # of each video in a pass
 CODECS: dict[str, tuple[str, str, dict[str, str]]] = {
     "vp9": ("libvpx-vp9", "webm", {"deadline": "realtime", "cpu-used": "6", "crf": "33", "b": "0"}),
@@ -46,20 +46,20 @@ ASKS: dict[str, dict[str, float]] = {
 }
 
 
-def frames_of(seed: int) -> Iterator[np.ndarray]:
+def frames_of(seed: int, count: int) -> Iterator[np.ndarray]:
     """A camera that moves over an image, with the noise of a sensor: [256, 340, 3] uint8 each."""
     rng = np.random.default_rng(seed)
     image = (dead_leaves(700, rng) * 255).astype(np.int16)
-    for index in range(FRAMES):
-        time_ = 2 * np.pi * index / FRAMES
+    for index in range(count):
+        time_ = 2 * np.pi * index / count
         x = int(180 + 170 * np.sin(1.3 * time_ + seed))
         y = int(220 + 200 * np.cos(time_ + seed))
         noise = rng.integers(-3, 4, (HEIGHT, WIDTH, 1), dtype=np.int16)
         yield np.clip(image[y : y + HEIGHT, x : x + WIDTH] + noise, 0, 255).astype(np.uint8)
 
 
-def write_set(folder: Path, name: str, videos: int) -> None:
-    """`videos` clips of a set and their list; nothing if they are there."""
+def write_set(folder: Path, name: str, videos: int, frames: int) -> None:
+    """`videos` clips of `frames` frames of a set, and their list; nothing if they are there."""
     if (folder / "list.txt").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,15 +69,15 @@ def write_set(folder: Path, name: str, videos: int) -> None:
             from PIL import Image
 
             (folder / str(seed)).mkdir(exist_ok=True)
-            for index, frame in enumerate(frames_of(seed)):
+            for index, frame in enumerate(frames_of(seed, frames)):
                 Image.fromarray(frame).save(folder / f"{seed}/{index + 1:05d}.jpg", quality=90)
-            lines.append(f"{seed} {FRAMES} {seed % 2}\n")
+            lines.append(f"{seed} {frames} {seed % 2}\n")
             continue
         codec, gop = name.split("_gop")
         encoder, suffix, options = CODECS[codec]
         path = folder / f"{seed}.{suffix}"
         options = options | {"g": gop, "keyint_min": gop, "threads": "1"}
-        write_video(path, frames_of(seed), encoder, options)
+        write_video(path, frames_of(seed, frames), encoder, options)
         lines.append(f"{path.name} {seed % 2}\n")
     (folder / "list.txt").write_text("".join(lines) * REPEATS, encoding="utf-8")
 
@@ -145,7 +145,10 @@ def measure(name: str, dataset: Dataset, args: argparse.Namespace) -> list[dict[
         return []
     loader = next(iter(ours.values())).loader
     folders = bool(dataset.train[0].path.is_dir())
-    readers, missing = available(IMAGE_READERS if folders else VIDEO_READERS)
+    wanted = IMAGE_READERS if folders else VIDEO_READERS
+    if args.peers:
+        wanted = {peer: wanted[peer] for peer in args.peers if peer in wanted}
+    readers, missing = available(wanted)
     for peer, reason in missing.items():
         print(f"{name:12} {peer:18} not measured: {reason}")
     samples = [sample for k in range(loader.batches_per_epoch) for sample in loader.samples(1, k)]
@@ -212,7 +215,10 @@ def main() -> None:
     parser.add_argument("--train-list", default="", help="list of the training videos")
     parser.add_argument("--val-list", default="", help="list of the validation videos")
     parser.add_argument("--decoders", nargs="+", default=["auto"], help="values of loader.decoder")
+    peers = [*VIDEO_READERS, *IMAGE_READERS]
+    parser.add_argument("--peers", nargs="+", choices=peers, help="default: all")
     parser.add_argument("--videos", type=int, default=12, help="videos of a generated set")
+    parser.add_argument("--frames", type=int, default=300, help="frames of each of them")
     parser.add_argument("--segments", type=int, default=8, help="frames per clip")
     parser.add_argument("--batch", type=int, default=4, help="clips per batch")
     parser.add_argument("--threads", type=int, default=0, help="0 = all cores")
@@ -225,9 +231,9 @@ def main() -> None:
         dataset = open_dataset(DataConfig(root=args.root, **lists))
         rows = measure("own", dataset, args)
     else:
-        cache = DataConfig().resolved_cache_dir() / f"loader-bench-{args.videos}"
+        cache = DataConfig().resolved_cache_dir() / f"loader-bench-{args.videos}x{args.frames}"
         for name in args.sets:
-            write_set(cache / name, name, args.videos)
+            write_set(cache / name, name, args.videos, args.frames)
             lists = {"train_list": "list.txt", "val_list": "list.txt"}
             dataset = open_dataset(DataConfig(root=str(cache / name), **lists))
             rows += measure(name, dataset, args)

@@ -14,7 +14,13 @@ from pipelines import decoders
 from pipelines.config import AugmentConfig, DataConfig, LoaderConfig, SamplingConfig
 from pipelines.datasets import Dataset, open_dataset
 from pipelines.errors import AnnotationError, DataError, MediaError
-from pipelines.images import find_frame_name, image_header, probe_frames
+from pipelines.images import (
+    find_frame_name,
+    image_header,
+    probe_frames,
+    read_encoded,
+    read_images,
+)
 from pipelines.loader import Loader, build_loader
 
 MakeFrames = Callable[..., Path]
@@ -176,6 +182,17 @@ def test_image_headers(tmp_path: Path, make_frames: MakeFrames) -> None:
     for content in (b"", b"\xff\xd8", b"\xff\xd8" + bytes(20), b"\xff\xd8\xff\xe0\x00\x00" * 9):
         with pytest.raises(MediaError, match="expected a JPEG or PNG image"):
             image_header(path, content)
+
+
+def test_files_larger_than_one_read(tmp_path: Path, make_frames: MakeFrames) -> None:
+    folder = make_frames("a", num_frames=1, frame_name="{}.png", width=300, height=200)
+    noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "1.png")
+    assert (folder / "1.png").stat().st_size > 2 * 65_536
+    record = open_set(tmp_path, "a 1 0\n").val[0]
+    info = probe_frames(record, "{}.png")
+    assert read_encoded(folder, info, [0]) == [(folder / "1.png").read_bytes()]
+    assert np.array_equal(read_images(folder, info, [0])[0], noise)
 
 
 @pytest.mark.slow
