@@ -5,6 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from accel.engine.distributed import first_to_say
 from accel.errors import AccelError
 from pipelines.errors import DataError
 
@@ -21,7 +22,7 @@ def run_guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
     except (AccelError, DataError) as error:
         if "--verbose" in argv:
             traceback.print_exc()
-        if str(error):  # of several ranks with the same message one speaks
+        if str(error) and first_to_say(str(error)):
             print(f"error: {_rank()}{error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

@@ -44,7 +44,9 @@ def main(argv: Sequence[str]) -> int:
     from accel.engine.stop import StopRequested
 
     out = Path(options.out or f"runs/reproduce-{options.name}")
-    world = start_world(resolve_device(overrides.get("run.device", "auto")).type)
+    where = {key: value for key, value in overrides.items() if key.startswith("run.")}
+    run = configs.recipe_of({}, "command line", name="run", overrides=where).run
+    world = start_world(resolve_device(run.device).type, run.timeout_s)
     if not world.is_main:
         logging.disable(logging.WARNING)
     try:

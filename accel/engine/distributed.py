@@ -1,5 +1,6 @@
 """Rank facts and reductions; the only user of torch.distributed."""
 
+import hashlib
 import inspect
 import os
 import time
@@ -178,6 +179,30 @@ def start_world(device_type: str, timeout_s: float = 600.0) -> World:
         timeout=timeout,
     )
     return World(rank=rank, size=size, local_rank=local_rank, store=store)
+
+
+def first_to_say(text: str) -> bool:
+    """Whether no other rank of the job has said this: what several have to say is shown once.
+
+    The store of torchrun's agent answers, also before a process group is joined and after it was
+    left. Without torchrun every process speaks.
+    """
+    facts = os.environ
+    if facts.get("WORLD_SIZE", "1") == "1" or facts.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    untyped: Any = dist
+    try:
+        store = untyped.TCPStore(
+            facts["MASTER_ADDR"],
+            int(facts["MASTER_PORT"]),
+            is_master=False,
+            timeout=timedelta(seconds=5),
+        )
+        restart = facts.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return bool(store.add(f"accel/said/{restart}/{digest}", 1) == 1)
+    except (RuntimeError, KeyError, ValueError):  # the launcher is gone: twice is better than never
+        return True
 
 
 def stop_world() -> None:

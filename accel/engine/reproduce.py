@@ -160,15 +160,17 @@ def _scaled(
         overrides["train.global_batch"] = str(batch - batch % micro)
     for split, videos, least in (("train", dataset.train, batch), ("val", dataset.val, 1)):
         path = (out / "lists" / f"{recipe.name}-{split}.txt").absolute()
+        problem = None
         if world.is_main:
             count = min(len(videos), max(least, math.ceil(len(videos) * scale)))
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, format_list(_share(videos, count)).encode())
             except OSError as error:
-                raise ConfigError(f"{path}: cannot be written: {error.strerror}.") from error
+                problem = f"{path}: cannot be written: {error.strerror}."
+        if problem := world.share(problem):
+            raise ConfigError(problem)
         overrides[f"data.{split}_list"] = str(path)
-    world.barrier()
     return overrides
 
 

@@ -117,7 +117,10 @@ class TrainStep:
         for micro_step, batch in enumerate(self._micro_batches(batches)):
             self.underway = True
             last = micro_step == self._accumulation - 1
-            seed_everything(self._seed, "forward", iteration, micro_step, self._world.rank)
+            # The number of this micro-batch among those of all ranks: dropout is the same for any
+            # number of processes. (The 0 was the rank: bits of runs of one process stay.)
+            place = micro_step * self._world.size + self._world.rank
+            seed_everything(self._seed, "forward", iteration, place, 0)
             with self._without_sync(last):
                 loss = self._forward(batch) / self._accumulation
                 with self.ranges("backward"):

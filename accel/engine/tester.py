@@ -127,7 +127,12 @@ def evaluate_protocols(
     reports = []
     for name, wanted in views.items():
         start = time.perf_counter()
-        values, loader = _score(model, recipe, dataset, wanted, device, world)
+        try:
+            values, loader = _score(model, recipe, dataset, wanted, device, world)
+        except RuntimeError as error:
+            if lost := world.explain(error):
+                raise lost from error
+            raise
         facts = ScoreFacts(
             recipe=recipe.name,
             weights=digest,

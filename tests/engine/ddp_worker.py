@@ -28,6 +28,7 @@ from pipelines.order import train_positions
 
 GLOBAL = 12
 DEFAULTS = {"model": "tanet", "steps": "20", "micro": "2", "compression": "none", "bn": "own"}
+DEFAULTS |= {"dropout": "0"}
 
 
 def train(world: World, options: dict[str, str]) -> dict[str, Any]:
@@ -66,7 +67,13 @@ def train(world: World, options: dict[str, str]) -> dict[str, Any]:
 
 def _classifier(options: dict[str, str], world: World) -> Any:
     model = build_model(
-        options["model"], num_classes=3, num_segments=2, depth=18, width=8, stages=2, dropout=0.0
+        options["model"],
+        num_classes=3,
+        num_segments=2,
+        depth=18,
+        width=8,
+        stages=2,
+        dropout=float(options["dropout"]),
     )
     if options["bn"] == "fused":
         set_implementation(model, "fused")

@@ -1,6 +1,8 @@
 """From official annotations to the report of a published row, at a small scale; the table."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +88,34 @@ def test_the_whole_chain_of_each_system(frames, tmp_path, capsys, name, numberin
     # The same command finds everything done.
     assert main([*command, "--accept-data"]) == 0
     assert "published" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+def test_two_processes_reproduce_what_one_does(frames, tmp_path, capsys):
+    data = _import(frames, "alphabetical")
+    outs = [tmp_path / name for name in ("one", "two")]
+    command = ["mas_sthv1_8f_2x3", *data, "--scale", "0.05", *SMALL]
+    command.append("--accept-data")
+    assert main(["reproduce", *command, "--out", str(outs[0])]) == 0
+    capsys.readouterr()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    start = [sys.executable, *launcher, "-m", "accel.cli.main", "reproduce", *command]
+    start += ["--out", str(outs[1]), "--json"]
+    answer = subprocess.run(start, capture_output=True, text=True, timeout=240, cwd=ROOT)
+    assert answer.returncode == 0, answer.stderr
+    report = json.loads(answer.stdout)  # one rank speaks
+    assert report == json.loads((outs[1] / "report.json").read_text())
+    assert report["processes"] == 2 and report["rows"][0]["row"] == "mas_sthv1_8f_2x3"
+    losses = [
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (out / "masnet_r50_8f_sthv1/metrics.jsonl" for out in outs)
+    ]
+    one, two = ([row["loss"] for row in rows if "loss" in row] for rows in losses)
+    assert len(one) == 4 and two == pytest.approx(one, rel=1e-5)  # dropout among it
+    # What is wrong is said by one of the two.
+    answer = subprocess.run([*start, "--scale", "2"], capture_output=True, text=True, cwd=ROOT)
+    assert answer.returncode != 0 and answer.stderr.count("--scale: must be in (0, 1]") == 1
 
 
 def test_a_dry_run_measures_and_writes_nothing(frames, tmp_path, capsys):
