@@ -210,18 +210,20 @@ def test_cards_are_found_by_the_drivers_name():
     names = {
         "NVIDIA GeForce RTX 2080 Ti": "RTX 2080 Ti",
         "NVIDIA TITAN RTX": "TITAN RTX",
-        "NVIDIA A100-SXM4-40GB": "A100",
+        "NVIDIA A100-SXM4-40GB": "A100-SXM4-40GB",
         "NVIDIA A100-SXM4-80GB": "A100-SXM4-80GB",
         "NVIDIA A10": "A10",
         "NVIDIA L4": "L4",
         "NVIDIA L40S": "L40S",
         "NVIDIA H200": "H200",
-        "NVIDIA H100 80GB HBM3": "H100",
+        "NVIDIA H100 80GB HBM3": "H100 80GB HBM3",
         "NVIDIA GeForce RTX 4090": "RTX 4090",
         "Tesla T4": "T4",
     }
     assert {name: find_card(name).name for name in names} == names
-    assert find_card("NVIDIA GeForce GTX 1080 Ti") is None
+    others = "GTX 1080 Ti,RTX 3090 Ti,RTX 4090 Laptop GPU,RTX 4090 D".split(",")
+    assert all(find_card(f"NVIDIA GeForce {name}") is None for name in others)
+    assert find_card("NVIDIA H200 NVL") is find_card("NVIDIA A10G") is None
     for card in CARDS:
         assert find_card(f"NVIDIA {card.name}") is card, card.name
         assert card.tensor16_tflops >= card.fp32_tflops and card.source
