@@ -2,14 +2,14 @@
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipelines.errors import AnnotationError
+from pipelines.errors import AnnotationError, DataError
 
 UCF24_CLASSES = (
     "Basketball BasketballDunk Biking CliffDiving CricketBowling Diving Fencing FloorGymnastics "
@@ -74,7 +74,13 @@ class _ArraysOnly(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def read_tubes(path: Path, *, num_classes: int = 0) -> dict[str, VideoAnnotation]:
+def read_tubes(
+    path: Path,
+    *,
+    num_classes: int = 0,
+    denied: Container[str] = (),
+    problems: dict[str, DataError] | None = None,
+) -> dict[str, VideoAnnotation]:
     """The annotated videos of a `pyannot.pkl`, or of a JSON file of the same structure, by name.
 
     A dict from video to `numf`, `label` and `annotations`, each with `label` (0-based), `sf` (first
@@ -83,18 +89,37 @@ def read_tubes(path: Path, *, num_classes: int = 0) -> dict[str, VideoAnnotation
     Args:
         path: the file; a pickle may hold containers, numbers and NumPy arrays only.
         num_classes: labels must be below; 0: not checked.
+        denied: names of videos that are not looked at.
+        problems: takes the errors of single videos, which are left out then, instead of raising.
 
     Raises:
         AnnotationError: the file cannot be read or is refused, or the first video, tube and frame
             that cannot be used: a length that does not fit, a box that is not finite, empty or
-            inverted, a label or a frame out of range.
+            inverted, a label or a frame out of range. With the line of the video, if it is JSON.
     """
     content = _content(path)
     if not isinstance(content, Mapping) or not content:
         raise AnnotationError(path, "expected a dict from video names to annotations.")
-    return {
-        str(name): _video(path, str(name), content[name], num_classes) for name in sorted(content)
-    }
+    videos = {}
+    for name in sorted(map(str, content)):
+        if name in denied:
+            continue
+        try:
+            videos[name] = _video(path, name, content[name], num_classes)
+        except AnnotationError as error:
+            found = AnnotationError(path, error.problem, _line(path, name))
+            if problems is None:
+                raise found from error
+            problems[name] = found
+    return videos
+
+
+def _line(path: Path, name: str) -> int | None:
+    """Where a JSON file names a video; a pickle has no lines."""
+    if path.suffix != ".json":
+        return None
+    text = path.read_text(encoding="utf-8")
+    return text.count("\n", 0, max(text.find(json.dumps(name)), 0)) + 1
 
 
 def _content(path: Path) -> Any:
@@ -177,7 +202,7 @@ def _tube(
     return TubeAnnotation(label, start, boxes)
 
 
-def read_video_list(path: Path, videos: Mapping[str, VideoAnnotation]) -> frozenset[str]:
+def read_video_list(path: Path, annotated: Container[str]) -> frozenset[str]:
     """The videos of a list file, one name per line without extension; blank lines are skipped.
 
     Raises:
@@ -192,7 +217,7 @@ def read_video_list(path: Path, videos: Mapping[str, VideoAnnotation]) -> frozen
         name = line.strip().removesuffix(".avi")
         if not name:
             continue
-        if name not in videos:
+        if name not in annotated:
             raise AnnotationError(path, f"{name!r} has no annotation.", number)
         names.add(name)
     if not names:

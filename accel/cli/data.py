@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from accel.cli.options import Parser
 from accel.errors import ConfigError
 from pipelines.annotations import VideoSet, read_list
 from pipelines.config import DataConfig, LoaderConfig
+from pipelines.tube_data import DetectionSet, Stream, audit_tube_set
 
 
 def main(argv: Sequence[str]) -> int:
@@ -67,10 +69,14 @@ def import_main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _add_set_options(parser: Parser) -> None:
+def _add_set_options(parser: Parser, *, needs_lists: bool = True) -> None:
     parser.add_argument("--root", required=True, help="folder of the videos or frame folders")
     parser.add_argument(
-        "--list", required=True, nargs="+", dest="lists", help="list files, relative to the root"
+        "--list",
+        required=needs_lists,
+        nargs="+",
+        dest="lists",
+        help="list files, relative to the root",
     )
     parser.add_argument("--frame-name", default="", help='e.g. "img_{:05d}.jpg"; default: as found')
     parser.add_argument("--threads", type=int, default=0, help="0 = all cores")
@@ -93,10 +99,23 @@ def check_main(argv: Sequence[str]) -> int:
         description="Open and decode every video of some lists; print what is wrong, and write "
         "what training must not use to a deny-list (data.deny_list). Exit code 3 if there is any.",
     )
-    _add_set_options(parser)
+    _add_set_options(parser, needs_lists=False)
     parser.add_argument("--quick", action="store_true", help="do not decode")
     parser.add_argument("--out", default="deny.txt", help="deny-list, relative to the root")
+    parser.add_argument(
+        "--tubes",
+        choices=get_args(DetectionSet),
+        help="instead of --list: a detection set, its boxes and its images",
+    )
+    parser.add_argument("--split", type=int, default=1, help="--tubes: number of the training list")
+    parser.add_argument(
+        "--streams", nargs="+", choices=get_args(Stream), default=["rgb"], help="--tubes: whose"
+    )
     options = parser.parse_args(argv)
+    if (options.tubes is None) == (options.lists is None):
+        raise ConfigError("accel data check: expected either --list or --tubes.")
+    if options.tubes:
+        return _check_tubes(options)
     threads = options.threads or LoaderConfig().resolved_threads()
     findings: list[Finding] = []
     checked = 0
@@ -118,6 +137,28 @@ def check_main(argv: Sequence[str]) -> int:
     out = Path(options.root).expanduser() / options.out
     replace_bytes(out, [denied.encode()])
     print(f"deny-list: {out} (--data.deny_list)")
+    return 3
+
+
+def _check_tubes(options: argparse.Namespace) -> int:
+    from pipelines.cache import replace_bytes
+
+    root = Path(options.root).expanduser().absolute()
+    checked, reasons = audit_tube_set(
+        root,
+        options.tubes,
+        split=options.split,
+        streams=options.streams,
+        decode=not options.quick,
+    )
+    for name, reason in reasons.items():
+        print(f"bad  {name}: {reason}")
+    print(f"{checked} videos checked, {len(reasons)} cannot be used")
+    if not reasons:
+        return 0
+    text = "".join(f"{name}\t{' '.join(reason.split())}\n" for name, reason in reasons.items())
+    replace_bytes(root / options.out, [text.encode()])
+    print(f"deny-list: {root / options.out} (--data.deny_list)")
     return 3
 
 

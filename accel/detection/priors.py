@@ -26,7 +26,9 @@ def ssd300_priors() -> Tensor:
     return ssd_priors(MAP_SIZES, cells=[IMAGE_SIZE / step for step in STEPS])
 
 
-def ssd_priors(map_sizes: Sequence[int], cells: Sequence[float] | None = None) -> Tensor:
+def ssd_priors(
+    map_sizes: Sequence[int], cells: Sequence[float] | None = None, *, scale: float = 1.0
+) -> Tensor:
     """Priors [P, 4] in cxcywh, float32, fractions of the image: by map, row, column, box.
 
     The boxes of a cell: the small square, the larger square, then for each aspect ratio the flat
@@ -36,11 +38,12 @@ def ssd_priors(map_sizes: Sequence[int], cells: Sequence[float] | None = None) -
         map_sizes: cells along the side of each map, at most six.
         cells: how many of them the image holds; None: the same. (The published steps are powers of
             two that do not divide 300.)
+        scale: the boxes are so many times as large as the published ones, > 0.
     """
     rows = []
     for k, map_size in enumerate(map_sizes):
-        small = BOX_SIZES[k] / IMAGE_SIZE
-        large = math.sqrt(small * BOX_SIZES[k + 1] / IMAGE_SIZE)
+        small = scale * BOX_SIZES[k] / IMAGE_SIZE
+        large = math.sqrt(small * scale * BOX_SIZES[k + 1] / IMAGE_SIZE)
         sizes = [(small, small), (large, large)]
         for ratio in ASPECT_RATIOS[k]:
             root = math.sqrt(ratio)

@@ -84,11 +84,20 @@ class DetectionScores:
         )
 
 
-def priors_for(size: int, levels: int) -> Tensor:
-    """Prior boxes [P, 4] of a network for images of `size` pixels with `levels` maps."""
-    if (size, levels) == (IMAGE_SIZE, 6):
+def priors_for(size: int, levels: int, scale: float = 1.0) -> Tensor:
+    """Prior boxes [P, 4] of a network for images of `size` pixels with `levels` maps.
+
+    Args:
+        size: pixels of a side.
+        levels: 2 to 6.
+        scale: boxes are so many times as large as the published ones.
+
+    Raises:
+        ValueError: an image too small for so many maps.
+    """
+    if (size, levels, scale) == (IMAGE_SIZE, 6, 1.0):
         return ssd300_priors()
-    return ssd_priors(map_sizes(size, levels))
+    return ssd_priors(map_sizes(size, levels), scale=scale)
 
 
 class FrameDetector:
@@ -102,7 +111,7 @@ class FrameDetector:
 
     def __init__(self, model: Detector, config: DetectionConfig, device: torch.device) -> None:
         self._model, self._config, self._device = model, config, device
-        self._priors = priors_for(config.size, config.levels).to(device)
+        self._priors = priors_for(config.size, config.levels, config.prior_scale).to(device)
 
     @torch.inference_mode()
     def __call__(self, streams: Sequence[Tensor], frame: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -320,13 +329,20 @@ class DetectionTrainer(Trainer):
             if self.world.is_main:
                 self.world.barrier()
         streams = [name for name, _ in config.view.streams]
-        return open_tube_set(root, config.dataset, split=config.split, streams=streams)
+        return open_tube_set(
+            root,
+            config.dataset,
+            split=config.split,
+            streams=streams,
+            least_frames=config.least_frames,
+            deny_list=data.deny_list,
+        )
 
     def _build(self, *, pretrained: bool) -> None:
         recipe, config = self.recipe, self.recipe.detection
         seed_everything(recipe.run.seed, "model")
         try:
-            priors = priors_for(config.size, config.levels)
+            priors = priors_for(config.size, config.levels, config.prior_scale)
         except ValueError as error:
             raise ConfigError(f"detection.size: {error}") from error
         assert config.network != "none"

@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 
 from accel.models.amtnet import StreamFusion
 from pipelines.microtube_loader import Augmentation, MicrotubeView
+from pipelines.microtubes import TRAIN_GAPS
 from pipelines.tube_data import DetectionSet, Stream
 
 Network = Literal["none", "amtnet", "ssd300"]
@@ -40,6 +41,9 @@ class DetectionConfig:
     """Channels of the first layers, >= 1; published: 64."""
     levels: int = 6
     """Feature maps, 2..6; published: 6."""
+    prior_scale: float = 1.0
+    """Prior boxes are so many times as large as the published ones, > 0: fewer maps have smaller
+    boxes, which would match nothing."""
     batch_norm: bool = False
     """Norms in the trunks, for training from random weights; published networks have none."""
     pixel_scale: float = 1.0
@@ -62,6 +66,8 @@ class DetectionConfig:
                 raise ValueError(f"detection.{key}: must be >= {low}, got {getattr(self, key)}.")
         if not 2 <= self.levels <= 6:
             raise ValueError(f"detection.levels: must be in 2..6, got {self.levels}.")
+        if self.prior_scale <= 0:
+            raise ValueError(f"detection.prior_scale: must be > 0, got {self.prior_scale}.")
         if self.pixel_scale <= 0:
             raise ValueError(f"detection.pixel_scale: must be > 0, got {self.pixel_scale}.")
         if self.change_cost < 0:
@@ -73,6 +79,13 @@ class DetectionConfig:
             )
         if self.fusion not in get_args(StreamFusion):
             raise ValueError(f"detection.fusion: got {self.fusion!r}.")
+
+    @property
+    def least_frames(self) -> int:
+        """Frames that a video needs: a micro-tube, and a stack of each stream."""
+        gap = max(TRAIN_GAPS) if self.gap == 20 else self.gap
+        extra = self.extra_stack if self.fusion != "none" else 0
+        return max((self.num_frames - 1) * (gap + 1) + 1, self.stack, extra)
 
     @property
     def view(self) -> MicrotubeView:

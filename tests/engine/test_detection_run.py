@@ -153,10 +153,24 @@ def test_images_that_do_not_fit_the_annotation_end_the_run_first(root, tmp_path)
         open_tube_set(copy, "moving_objects")
 
 
+def test_a_denied_video_is_left_out_of_the_training(root, tmp_path, capsys) -> None:
+    import shutil
+
+    copy = tmp_path / "set"
+    shutil.copytree(root, copy)
+    shutil.rmtree(copy / "rgb-images" / "rise" / "train_0001")
+    with pytest.raises(MediaError, match="rise/train_0001: no such folder"):
+        DetectionTrainer(_recipe(copy), tmp_path / "a")
+    (copy / "deny.txt").write_text("rise/train_0001\tno images\n")
+    recipe = _recipe(copy, **{"data.deny_list": "deny.txt", "train.max_steps": "1"})
+    assert _fit(recipe, tmp_path / "b")["iterations"] == 1
+
+
 def test_settings_that_cannot_be_are_refused(root, tmp_path) -> None:
     for key, value in {
         "detection.levels": "7",
         "detection.pixel_scale": "0",
+        "detection.prior_scale": "0",
         "detection.stack": "0",
         "detection.network": "ssd300",
     }.items():
