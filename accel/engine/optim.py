@@ -45,9 +45,22 @@ class OptimConfig:
 
 
 class Optimizer:
-    """Fused SGD over the published groups, with rates set from outside before every step."""
+    """Fused SGD over the published groups, with rates set from outside before every step.
 
-    def __init__(self, model: ClipNetwork | Detector, config: OptimConfig) -> None:
+    Args:
+        model: on its device.
+        config: the settings.
+        device_rates: keep the rates in tensors on the device (rounded to fp32), where a CUDA graph
+            reads them; None: on CUDA devices.
+    """
+
+    def __init__(
+        self,
+        model: ClipNetwork | Detector,
+        config: OptimConfig,
+        *,
+        device_rates: bool | None = None,
+    ) -> None:
         self.groups = [
             group
             for group in (
@@ -65,6 +78,10 @@ class Optimizer:
             nesterov=config.nesterov,
             fused=True,
         )
+        device = next(iter(self.parameters())).device
+        if device.type == "cuda" if device_rates is None else device_rates:
+            for settings in self.sgd.param_groups:
+                settings["lr"] = torch.full((), config.lr, device=device)
         if config.momentum:
             # A buffer of zeros gives the same first step as no buffer. It must exist: the fused
             # kernel leaves a new one uninitialized when the very first step is skipped.
@@ -79,7 +96,11 @@ class Optimizer:
         """Set every group's rate and decay for the next step; returns the base rate lr * factor."""
         base = self._config.lr * factor
         for group, settings in zip(self.groups, self.sgd.param_groups, strict=True):
-            settings["lr"] = base * group.lr_mult
+            rate = base * group.lr_mult
+            if isinstance(settings["lr"], torch.Tensor):
+                settings["lr"].fill_(rate)
+            else:
+                settings["lr"] = rate
             settings["weight_decay"] = self._config.weight_decay * group.decay_mult
         return base
 

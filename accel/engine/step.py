@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from accel.engine.batchnorm import StepStatistics
 from accel.engine.distributed import World
+from accel.engine.graphs import DISTRIBUTED_WARM_UP_STEPS, WARM_UP_STEPS, Graphs, MicroStep, Replay
 from accel.engine.optim import Optimizer
 from accel.engine.precision import Precision
 from accel.engine.seeding import seed_everything
@@ -31,6 +32,9 @@ class TrainConfig:
     sync_bn: bool = False
     """Several processes: 2-D batch norms see the clips of all of them (in the fused operator);
     false: those of one process, as published."""
+    execution: Literal["eager", "graph"] = "eager"
+    """How a step is launched: "eager" (operator by operator) or "graph" (all of it, optimizer
+    included, recorded once as a CUDA graph and replayed; eagerly where that cannot be)."""
     max_steps: int = 0
     """End after so many optimizer steps although the schedule is longer; 0 = the whole schedule."""
 
@@ -86,6 +90,8 @@ class TrainStep:
         self.ranges = ranges
         # Without a loss scaler a skipped step ends the run.
         self._statistics = StepStatistics(model) if precision.scaler.is_enabled() else None
+        self._results = torch.zeros(3, device=precision.device)  # loss, norm, skipped
+        self._micro: MicroStep = self._micro_step
         self.data_wait = Stopwatch()
         self.underway = False
         """Between a step's first forward pass and its end: batch-norm statistics have moved on."""
@@ -106,37 +112,61 @@ class TrainStep:
         with self.ranges("step"):
             return self._run(batches, iteration, stop)
 
+    def replay_with(self, graphs: Graphs) -> Replay:
+        """From now on replay steps as CUDA graphs, after a few that warm up.
+
+        Before the first call of this step. The optimizer's rates must be tensors on the device.
+        """
+        alone = self._world.size == 1
+        self._micro = Replay(
+            self._micro_step,
+            graphs,
+            parameters=self._optimizer.parameters(),
+            warm_up=WARM_UP_STEPS if alone else DISTRIBUTED_WARM_UP_STEPS,
+            undo=self._forget,
+            fall_back=alone,
+        )
+        return self._micro
+
     def _run(self, batches: Iterator[Batch], iteration: int, stop: bool) -> Tensor:
-        # Filled on the device: a tensor made of host data would be a copy that waits.
-        totals = torch.zeros(2, device=self._precision.device)  # loss, stop
-        loss_sum = totals[0]
-        if stop:
-            totals[1].fill_(1)
-        if self._statistics is not None:
-            self._statistics.keep()
         for micro_step, batch in enumerate(self._micro_batches(batches)):
             self.underway = True
-            last = micro_step == self._accumulation - 1
             # The number of this micro-batch among those of all ranks: dropout is the same for any
             # number of processes. (The 0 was the rank: bits of runs of one process stay.)
             place = micro_step * self._world.size + self._world.rank
             seed_everything(self._seed, "forward", iteration, place, 0)
-            with self._without_sync(last):
-                loss = self._forward(batch) / self._accumulation
-                with self.ranges("backward"):
-                    torch.autograd.backward(self._precision.scaler.scale(loss))
-                    loss = loss.detach()  # the graph goes now
-            loss_sum += loss.float()
-        with self.ranges("optimizer"):
-            norm, skipped = self._update()
-            if self._statistics is not None:
-                self._statistics.restore_if(skipped)
+            self._micro(batch, micro_step == 0, micro_step == self._accumulation - 1)
         self.underway = False
+        # Filled on the device: a tensor made of host data would be a copy that waits.
+        totals = torch.zeros(2, device=self._precision.device)  # loss, stop
+        totals[0].copy_(self._results[0])
+        if stop:
+            totals[1].fill_(1)
         if self._world.size > 1:
             with self.ranges("all-reduce"):
                 self._world.sum_([totals])
-            loss_sum /= self._world.size
-        return torch.stack([loss_sum, norm.float(), skipped, totals[1]])
+            totals[0] /= self._world.size
+        return torch.stack([totals[0], self._results[1], self._results[2], totals[1]])
+
+    def _micro_step(self, batch: Batch, first: bool, last: bool) -> None:
+        """Everything that the device does for one micro-batch; a CUDA graph can hold it."""
+        if first:
+            self._results.zero_()
+            if self._statistics is not None:
+                self._statistics.keep()
+        with self._without_sync(last):
+            loss = self._forward(batch) / self._accumulation
+            with self.ranges("backward"):
+                torch.autograd.backward(self._precision.scaler.scale(loss))
+                loss = loss.detach()  # the graph goes now
+        self._results[0] += loss.float()
+        if last:
+            with self.ranges("optimizer"):
+                norm, skipped = self._update()
+                if self._statistics is not None:
+                    self._statistics.restore_if(skipped)
+                self._results[1].copy_(norm)
+                self._results[2].copy_(skipped)
 
     def _micro_batches(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The micro-batches of this step, each when its turn comes."""
@@ -174,6 +204,11 @@ class TrainStep:
             sgd.step()
         sgd.zero_grad(set_to_none=True)
         return norm, skipped
+
+    def _forget(self) -> None:
+        """Take back what a micro-step that was only recorded has changed on the host."""
+        self._precision.forget_unscaling()
+        self._optimizer.sgd.zero_grad(set_to_none=True)
 
     def _without_sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Under DDP only the last micro-batch exchanges gradients."""

@@ -1,5 +1,6 @@
 """The training run: composes loader, model, step, evaluation, checkpoints and journal."""
 
+import contextlib
 import json
 import logging
 import time
@@ -18,6 +19,7 @@ from accel.engine.config import Recipe
 from accel.engine.data import open_loader, open_shared_dataset
 from accel.engine.distributed import World
 from accel.engine.evaluate import evaluate
+from accel.engine.execution import open_graphs
 from accel.engine.gpu_sampling import GpuSampler
 from accel.engine.journal import Journal, Progress, read_journal, rewind_journal
 from accel.engine.memory import keep_freed_memory
@@ -93,6 +95,7 @@ class Trainer:
             frames_per_segment=recipe.model.frames_per_segment,
         )
         self.accumulation = self._accumulation()
+        self.graphs = open_graphs(recipe, self.device, self.world, self.accumulation)
         self._loaders: list[Loader] = []
         if self.world.is_main:
             self.folder.acquire()
@@ -377,6 +380,8 @@ class Trainer:
             world=self.world,
             ranges=self.ranges,
         )
+        if self.graphs:
+            self.step.replay_with(self.graphs)
 
     def _open_profiler(self) -> StepProfiler:
         log = self.recipe.log
@@ -388,13 +393,15 @@ class Trainer:
         )
 
     def _wrapped_model(self) -> nn.Module:
-        return self.world.wrap(
-            self.model,
-            self.device,
-            accumulation=self.accumulation,
-            compression=self.recipe.run.compress_gradients,
-            ranges=self.ranges,
-        )
+        # DDP remembers the stream it was made on, and exchanges gradients there.
+        with self.graphs.side_stream() if self.graphs else contextlib.nullcontext():
+            return self.world.wrap(
+                self.model,
+                self.device,
+                accumulation=self.accumulation,
+                compression=self.recipe.run.compress_gradients,
+                ranges=self.ranges,
+            )
 
     def _open_dataset(self) -> Dataset:
         return open_shared_dataset(self.recipe, self.world)

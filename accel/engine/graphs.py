@@ -1,0 +1,207 @@
+"""A training step as CUDA graphs: recorded once on fixed memory, replayed by one launch."""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from accel.errors import AccelError
+from pipelines.loader import Batch
+
+logger = logging.getLogger(__name__)
+
+MicroStep = Callable[[Batch, bool, bool], None]
+"""Work on one micro-batch; whether it is the first and the last one of its step."""
+
+WARM_UP_STEPS = 3
+# torch's notes on CUDA graphs: DDP times its first 10 iterations with events, which a capture
+# forbids.
+DISTRIBUTED_WARM_UP_STEPS = 11
+
+
+class Graphs(Protocol):
+    """What records and replays; `DeviceGraphs`, or a stand-in of a test."""
+
+    def side_stream(self) -> contextlib.AbstractContextManager[None]:
+        """Where warm-up and capture happen, in order with the stream of the caller."""
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Record what `work` launches without running it; the result replays it.
+
+        Raises:
+            RuntimeError: something in `work` cannot be recorded.
+        """
+
+
+class DeviceGraphs:
+    """Graphs of one GPU that share one stream for capture and one memory pool.
+
+    Args:
+        device: of the network.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+
+    @contextlib.contextmanager
+    def side_stream(self) -> Iterator[None]:
+        """See `Graphs`."""
+        caller = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(caller)
+        with torch.cuda.stream(self._stream):
+            yield
+        caller.wait_stream(self._stream)
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """See `Graphs`."""
+        graph = torch.cuda.CUDAGraph()
+        generator = torch.cuda.default_generators[self._device.index]
+        spare = generator.clone_state()
+        try:
+            # The outer context gives the stream back when the inner one fails to end its capture.
+            # The loader's thread allocates and copies meanwhile: that is not this thread's error.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(self._device)),
+                torch.cuda.graph(
+                    graph,
+                    pool=self._pool,
+                    stream=self._stream,
+                    capture_error_mode="thread_local",
+                ),
+            ):
+                work()
+        except RuntimeError:
+            # A capture that failed may leave its generator waiting for the end of it.
+            generator.graphsafe_set_state(spare)
+            raise
+        return graph.replay
+
+
+class Replay:
+    """Runs micro-steps eagerly a few times, then records each kind of them and replays it.
+
+    The first, a middle and the last micro-batch of a step are different work, so they are different
+    graphs: a first one sets the gradients, the others add to them, a last one updates. Inputs are
+    copied into memory that stays; learning rates and the loss scale are tensors that stay. A step
+    with a micro-batch of another shape runs eagerly.
+
+    Args:
+        work: launches the work of one micro-batch and neither waits nor reads host numbers that
+            change.
+        graphs: records and replays.
+        parameters: whose gradients `work` accumulates.
+        warm_up: steps that run eagerly first, >= 1.
+        undo: called after a capture failed, to forget what `work` did on the host.
+        fall_back: whether steps run eagerly once a capture has failed; otherwise it is an error.
+    """
+
+    def __init__(
+        self,
+        work: MicroStep,
+        graphs: Graphs,
+        *,
+        parameters: Iterable[nn.Parameter],
+        warm_up: int,
+        undo: Callable[[], None],
+        fall_back: bool = True,
+    ) -> None:
+        self._work = work
+        self._graphs = graphs
+        self._parameters = list(parameters)
+        self._warm_up = warm_up
+        self._undo = undo
+        self._fall_back = fall_back
+        self._static: Batch | None = None
+        self._replays: dict[tuple[bool, bool], Callable[[], None]] = {}
+        self._gradients: list[Tensor | None] = []
+        self._eager_step = False
+        self.problem: str | None = None
+        """Why steps are not replayed any more; None: they are."""
+
+    def __call__(self, batch: Batch, first: bool, last: bool) -> None:
+        """Run one micro-step.
+
+        Raises:
+            AccelError: the step cannot be captured, and there must be no fallback.
+        """
+        if first:
+            self._eager_step = self.problem is not None
+        if not self._eager_step and not self._take(batch):
+            self._eager_step = True
+            self._attach(first)
+        if self._eager_step:
+            self._work(batch, first, last)
+            return
+        assert self._static is not None
+        if self._warm_up > 0:
+            with self._graphs.side_stream():
+                self._work(self._static, first, last)
+            self._warm_up -= last
+            return
+        if (first, last) not in self._replays and not self._capture(first, last):
+            self._work(batch, first, last)
+            return
+        self._replays[first, last]()
+
+    def _take(self, batch: Batch) -> bool:
+        """Copy a batch to where the graphs read it; False: it has another shape."""
+        if self._static is None:
+            self._static = dataclasses.replace(
+                batch, **{name: tensor.clone() for name, tensor in _inputs(batch).items()}
+            )
+            return True
+        mine, given = _inputs(self._static), _inputs(batch)
+        if {k: _kind(v) for k, v in mine.items()} != {k: _kind(v) for k, v in given.items()}:
+            return False
+        for name, tensor in given.items():
+            mine[name].copy_(tensor, non_blocking=True)
+        return True
+
+    def _capture(self, first: bool, last: bool) -> bool:
+        self._attach(first)
+        static = self._static
+        assert static is not None
+        try:
+            replay = self._graphs.capture(lambda: self._work(static, first, last))
+        except RuntimeError as error:
+            # What ends a broken capture complains about it and hides the cause.
+            cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+            self.problem = " ".join(str(cause).split())[:200]
+            if not self._fall_back:
+                raise AccelError(
+                    f"train.execution: the step cannot be captured as a CUDA graph ({self.problem})"
+                    ", and with several processes all must replay; use eager."
+                ) from error
+            logger.warning("steps run eagerly, a CUDA graph cannot be made: %s", self.problem)
+            self._undo()
+            self._attach(first)
+            self._eager_step = True
+            return False
+        self._replays[first, last] = replay
+        if not last:
+            # The memory that the following graphs add to; a reference keeps it what it is.
+            self._gradients = [parameter.grad for parameter in self._parameters]
+        return True
+
+    def _attach(self, first: bool) -> None:
+        """Give the parameters the gradients that the graphs of this step have left so far."""
+        if not first:
+            for parameter, gradient in zip(self._parameters, self._gradients, strict=False):
+                parameter.grad = gradient
+
+
+def _inputs(batch: Batch) -> dict[str, Tensor]:
+    """The tensors of a batch that a step reads on the device."""
+    names = ("clips", "labels", "colors")
+    found = {name: getattr(batch, name) for name in names}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.dtype, tensor.device
