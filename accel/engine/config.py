@@ -54,6 +54,7 @@ HARMLESS_KEYS = frozenset(
         "data.root",
         "data.cache_dir",
         "train.max_steps",
+        "train.checkpoint_activations",
         "run.device",
         "run.timeout_s",
         "run.threads",
@@ -421,6 +422,12 @@ def _check_across_sections(recipe: Recipe) -> None:
     for key in recipe.published.inferred:
         if key not in KEYS:
             raise ConfigError(f"published.inferred: unknown key {key}. {_nearest(key, KEYS)}")
+    if recipe.detection.network != "none" and recipe.train.checkpoint_activations != "none":
+        raise ConfigError(
+            "train.checkpoint_activations: expected none with detection.network "
+            f"{recipe.detection.network}, which has no residual blocks, got "
+            f"{recipe.train.checkpoint_activations}."
+        )
     if recipe.train.global_batch % recipe.train.micro_batch:
         raise ConfigError(
             f"train.global_batch: must be a multiple of train.micro_batch = "

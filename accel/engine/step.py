@@ -17,6 +17,7 @@ from accel.engine.precision import Precision
 from accel.engine.seeding import seed_everything
 from accel.engine.timing import Ranges, Stopwatch
 from accel.models.heads import AuxiliaryLogits
+from accel.models.recompute import Recompute
 from pipelines.loader import Batch
 
 
@@ -35,6 +36,9 @@ class TrainConfig:
     execution: Literal["eager", "graph"] = "eager"
     """How a step is launched: "eager" (operator by operator) or "graph" (all of it, optimizer
     included, recorded once as a CUDA graph and replayed; eagerly where that cannot be)."""
+    checkpoint_activations: Recompute = "none"
+    """What is computed again in the backward to save memory: "none", every residual "block", or
+    every "stage" of them. Losses, gradients and statistics stay the same."""
     max_steps: int = 0
     """End after so many optimizer steps although the schedule is longer; 0 = the whole schedule."""
 

@@ -39,6 +39,7 @@ from accel.engine.timing import Ranges
 from accel.errors import CheckpointError, ConfigError
 from accel.models import build_model
 from accel.models.norm import synchronize
+from accel.models.recompute import recompute_activations
 from pipelines.datasets import Dataset
 from pipelines.errors import DataError
 from pipelines.loader import Batch, Loader
@@ -362,6 +363,7 @@ class Trainer:
             num_classes=self.dataset.num_classes,
             num_segments=recipe.sampling.num_segments,
         ).to(self.device)
+        recompute_activations(self.model, recipe.train.checkpoint_activations)
         if recipe.train.sync_bn and self.world.size > 1:
             synchronize(self.model, lambda values: self.world.sum_([values]))
         self.optimizer = Optimizer(self.model, recipe.optim)

@@ -100,6 +100,16 @@ def test_resume_continues_with_identical_bits(
     )
 
 
+def test_checkpointing_of_activations_may_begin_in_the_middle_of_a_run(
+    undisturbed, tiny_recipe, tmp_path, steps_of
+):
+    whole, _ = undisturbed
+    out = tmp_path / "run"
+    _fit(tiny_recipe, out, {"train.max_steps": "3"})
+    _fit(tiny_recipe, out, {"train.checkpoint_activations": "block"})
+    assert steps_of(out) == steps_of(whole)
+
+
 def test_a_finished_run_is_left_alone(undisturbed, tiny_recipe):
     out, summary = undisturbed
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
@@ -304,3 +314,8 @@ def test_dry_run_reports_and_leaves_nothing(tiny_recipe, tmp_path):
 def test_batch_sizes_must_divide(tiny_recipe, tmp_path):
     with pytest.raises(ConfigError, match=r"train\.global_batch"):
         load_recipe(tiny_recipe, {"train.global_batch": "10"})
+
+
+def test_detectors_have_no_blocks_to_checkpoint():
+    with pytest.raises(ConfigError, match=r"train\.checkpoint_activations: expected none"):
+        load_recipe("demo_tubes", {"train.checkpoint_activations": "block"})
