@@ -1,19 +1,24 @@
 """Checks this checkout on a machine with an NVIDIA GPU: builds, tests, measures, writes a report.
 
-    python profile/gpu_check.py                        # everything
-    python profile/gpu_check.py --only env,kernels --out /tmp/report
+    python profile/gpu_check.py                              # the most important first, 9 minutes
+    python profile/gpu_check.py                              # again: what is missing yet
+    python profile/gpu_check.py --budget 0 --out /tmp/report # everything, however long
+    python profile/gpu_check.py --only "step_*,kernels"      # these, also if they are done
 
-Writes report.json, report.md and one log per section. Exit code 0: every section that ran has
-passed, 1: one failed, 2: no GPU. Every number is measured in this run; what did not run is reported
-as such.
+Writes report.json, report.md (what is asked beside what was measured) and one log per section into
+the folder of the report, anew after each section. A section that hangs is ended at its own limit
+and costs no other one; one whose packages are missing here is left out, in one line. Exit code 0:
+every section that ran has passed, 1: one failed, 2: no GPU, or wrong options. Every number is
+measured by the commands of this report; what did not run is reported as such.
 """
 
 import argparse
-import importlib.util
+import fnmatch
 import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -23,71 +28,13 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))  # so that tests can load this file as a module
+
+from gpu_report.sections import SECTIONS, Section
+from gpu_report.text import markdown
+
 ROOT = Path(__file__).resolve().parents[1]
-PYTHON = sys.executable
-LIMIT_S = 480  # of every section
-PYTEST = ("-m", "pytest", "-q", "-m", "needs_cuda")
-NORMS = ("torch", "torch+compile", "fused", "fused+compile")
-# Section: command and time limit in seconds; env is answered in this process.
-COMMANDS = {
-    "build": ([PYTHON, "setup.py", "build_ext", "--inplace"], LIMIT_S),
-    "tests_operators": ([PYTHON, *PYTEST, "tests/kernels"], LIMIT_S),
-    "tests": ([PYTHON, *PYTEST, "--ignore=tests/kernels", "tests"], LIMIT_S),
-    "sanitizer": (
-        [
-            *"compute-sanitizer --error-exitcode 9".split(),
-            *f"{PYTHON} -m pytest -q -m needs_cuda -k matches_reference tests/kernels".split(),
-        ],
-        LIMIT_S,
-    ),
-    "kernels": (
-        [PYTHON, "profile/kernels_bench.py", "--device", "cuda", "--compile", "--json"],
-        LIMIT_S,
-    ),
-    **{
-        f"step_{precision}": (
-            [PYTHON, "profile/step.py", "--device", "cuda", "--precision", precision, "--json"],
-            LIMIT_S,
-        )
-        for precision in ("bf16", "fp16", "tf32", "fp32")
-    },
-    # The same steps with every operator as plain PyTorch.
-    "step_reference": (
-        [
-            *("env", "ACCEL_KERNELS=reference", PYTHON, "profile/step.py", "--device", "cuda"),
-            *("--precision", "fp16", "--json"),
-        ],
-        LIMIT_S,
-    ),
-    # Real training, decoding included, with a profile of ten steps.
-    "training": (
-        [
-            *(PYTHON, "train.py", "--recipe", "demo_motion8", "--run.device", "cuda"),
-            *("--precision.mode", "fp16", "--log.profile", "torch", "--out", "{out}/training_run"),
-        ],
-        LIMIT_S,
-    ),
-    "training_report": ([PYTHON, "profile/nsys_report.py", "{out}/training_run/profile"], 120),
-    "bench": (
-        [
-            *(PYTHON, "-m", "accel.cli.main", "bench", "--recipe", "demo_motion8"),
-            *("--run.device", "cuda", "--precision.mode", "fp16"),
-        ],
-        LIMIT_S,
-    ),
-    # Decides where model.batch_norm "auto" is "fused": 5 % less than the best of the others.
-    "step_batch_norm": (
-        [
-            *(PYTHON, "profile/step.py", "--device", "cuda", "--precision", "fp16", "--json"),
-            *(
-                "--models",
-                ",".join(f"{name}@{code}" for name in ("tsn", "tanet") for code in NORMS),
-            ),
-        ],
-        LIMIT_S,
-    ),
-}
-SECTIONS = ("env", *COMMANDS)
+LEAST_S = 20  # of the budget, with which no section is started any more
 SMI_FIELDS = "name,driver_version,power.limit,clocks.max.sm,clocks.max.mem,memory.total"
 
 
@@ -98,9 +45,14 @@ def environment() -> dict[str, Any]:
         smi = subprocess.run(query, capture_output=True, text=True, timeout=60).stdout.strip()
     except (OSError, subprocess.TimeoutExpired) as error:
         smi = f"nvidia-smi did not answer: {error}"
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+        revision = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git
+        revision = None
     return {
-        "revision": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
+        "revision": revision,
+        "date": date.today().isoformat(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
@@ -110,98 +62,143 @@ def environment() -> dict[str, Any]:
         "gpus": torch.cuda.device_count(),
         f"nvidia_smi ({SMI_FIELDS})": smi.splitlines(),
         "cpu_threads": os.cpu_count(),
-        "dali": importlib.util.find_spec("nvidia") is not None
-        and importlib.util.find_spec("nvidia.dali") is not None,
     }
 
 
-def run_section(name: str, out: Path) -> dict[str, Any]:
-    """Run one command with its time limit; its output goes to <out>/<name>.log."""
-    command, limit_s = COMMANDS[name]
-    command = [part.replace("{out}", str(out.resolve())) for part in command]
-    if name == "step_tf32" and torch.cuda.get_device_capability() < (8, 0):
-        outcome = "not run: this GPU has no tf32 arithmetic"
+def run_section(section: Section, out: Path, left_s: float) -> dict[str, Any]:
+    """Run one command with its time limit; its output goes to <out>/<name>.log.
+
+    Args:
+        section: what to run.
+        out: folder of the report.
+        left_s: seconds of the budget that are left; infinite without one.
+    """
+    if reason := section.why_not():
+        return {"outcome": f"not run: {reason}", "seconds": 0.0, "last_line": ""}
+    if left_s < LEAST_S:
+        outcome = "not run: the budget is used up; the same command goes on"
         return {"outcome": outcome, "seconds": 0.0, "last_line": ""}
-    if name == "step_bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        outcome = "not run: this GPU has no bf16 arithmetic"
-        return {"outcome": outcome, "seconds": 0.0, "last_line": ""}
-    log = out / f"{name}.log"
+    command = [part.replace("{out}", str(out.resolve())) for part in section.command]
+    limit_s = min(section.limit_s, left_s)
+    variables = {"ACCEL_REQUIRE": "cuda,extension", "PYTHONUNBUFFERED": "1"}
+    # This GPU's code alone: the build takes a fifth of that for all architectures.
+    variables["TORCH_CUDA_ARCH_LIST"] = ".".join(map(str, torch.cuda.get_device_capability()))
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # if it is not installed
+    variables["PYTHONPATH"] = os.pathsep.join(paths)
+    log = out / f"{section.name}.log"
     start = time.monotonic()
     with log.open("w") as file:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **variables, **section.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that its own processes end with it
+        )
         try:
-            result = subprocess.run(
-                command,
-                cwd=ROOT,
-                env={**os.environ, "ACCEL_REQUIRE": "cuda,extension"},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=limit_s,
-            )
-            outcome = "passed" if result.returncode == 0 else f"failed ({result.returncode})"
+            code = process.wait(timeout=limit_s)
+            outcome = "passed" if code == 0 else f"failed ({code})"
         except subprocess.TimeoutExpired:
-            outcome = f"stopped after {limit_s} s"
-        except FileNotFoundError:
-            outcome = f"not run: {command[0]} is not installed"
+            why = "its limit" if limit_s == section.limit_s else "the end of the budget"
+            outcome = f"stopped after {limit_s:.0f} s, {why}"
+        finally:
+            end_group(process)
     lines = log.read_text(errors="replace").splitlines()
-    section = {"outcome": outcome, "seconds": round(time.monotonic() - start, 1)}
-    section["last_line"] = lines[-1][:200] if lines else ""
-    if name.startswith(("kernels", "step")) and outcome == "passed":
-        section.update(json.loads(lines[-1]), last_line="")
-    return section
+    result: dict[str, Any] = {
+        "outcome": outcome,
+        "seconds": round(time.monotonic() - start, 1),
+        "last_line": lines[-1][:200] if lines else "",
+        "command": " ".join(section.command),
+    }
+    if section.json and outcome == "passed":
+        try:
+            result.update(json.loads(lines[-1]), last_line="")
+        except (ValueError, IndexError):
+            result["outcome"] = "failed: its last line is not JSON"
+    return result
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """The report as text: environment, outcomes, operators beside a copy, steps beside TSN."""
-    lines = ["# GPU check", ""]
-    lines += [f"- {key}: {value}" for key, value in report.get("env", {}).items()]
-    lines += ["", "| section | outcome | seconds | last line |", "|---|---|---|---|"]
-    for name in COMMANDS:
-        if section := report.get(name):
-            values = (section["outcome"], section["seconds"], section["last_line"])
-            lines.append(f"| {name} | {values[0]} | {values[1]} | {values[2]} |")
-        else:
-            lines.append(f"| {name} | not run | | |")
-    if rows := report.get("kernels", {}).get("rows"):
-        columns = ("op", "form", "channels", "size", "direction", "implementation")
-        lines += ["", f"| {' | '.join(columns)} | median us | GB/s | of copy |", "|---" * 9 + "|"]
-        for row in rows:
-            site = " | ".join(str(row[column]) for column in columns)
-            numbers = f"{row['median_us']:.1f} | {row['gb_s']:.0f} | {row['of_copy']:.0%}"
-            lines.append(f"| {site} | {numbers} |")
-    for name in (name for name in COMMANDS if name.startswith("step")):
-        if rows := report.get(name, {}).get("models"):
-            columns = ("model", "step_ms", "p10_ms", "p90_ms", "clips_per_s", "ratio_to_tsn")
-            columns += ("ratio_to_tsn_min", "tflops", "peak_gib")
-            lines += ["", f"{name}: {report[name]['settings']['batch']} clips per step", ""]
-            lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-            lines += [f"| {' | '.join(str(row[column]) for column in columns)} |" for row in rows]
-    return "\n".join(lines) + "\n"
+def end_group(process: "subprocess.Popen[bytes]") -> None:
+    """End a command and everything that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def wanted_sections(only: str, done: dict[str, Any]) -> list[Section]:
+    """The sections to run: those named, else those that have not passed yet.
+
+    Raises:
+        ValueError: a name that means none.
+    """
+    if not only:
+        passed = [name for name, result in done.items() if result.get("outcome") == "passed"]
+        return [section for section in SECTIONS if section.name not in passed]
+    patterns = only.split(",")
+    names = [section.name for section in SECTIONS] + ["env"]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"--only: no section {pattern!r}; there are {', '.join(names)}.")
+    return [s for s in SECTIONS if any(fnmatch.fnmatch(s.name, p) for p in patterns)]
+
+
+def stored(out: Path, env: dict[str, Any]) -> dict[str, Any]:
+    """The sections that an earlier call has stored of the same code on the same GPU."""
+    try:
+        report = json.loads((out / "report.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    same = ("revision", "gpu", "torch")
+    if any(report.get("env", {}).get(key) != env[key] for key in same):
+        print("gpu_check: the report there is of other code or another GPU: begun anew.")
+        return {}
+    return {key: value for key, value in report.items() if key != "env"}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, comma-separated")
+    parser.add_argument("--only", default="", help="names or patterns, comma-separated")
+    parser.add_argument(
+        "--budget", type=float, default=540, help="seconds of this call; 0 = no limit (%(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="default: profile/results/<gpu>-<date>")
     args = parser.parse_args()
-    wanted = args.only.split(",")
-    if unknown := set(wanted) - set(SECTIONS):
-        parser.error(f"--only: unknown {', '.join(sorted(unknown))}; one of {', '.join(SECTIONS)}")
     if not torch.cuda.is_available():
         print(f"gpu_check: torch {torch.__version__} sees no CUDA device.", file=sys.stderr)
         return 2
 
+    start = time.monotonic()
     gpu = re.sub(r"\W+", "-", torch.cuda.get_device_name().lower()).strip("-")
     out = args.out or ROOT / "profile" / "results" / f"{gpu}-{date.today().isoformat()}"
     out.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {}
-    for name in (name for name in SECTIONS if name in wanted):
-        print(f"gpu_check: {name} ...", file=sys.stderr, flush=True)
-        report[name] = environment() if name == "env" else run_section(name, out)
-        (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-        (out / "report.md").write_text(markdown(report))
+    env = environment()
+    done = stored(out, env)
+    try:
+        wanted = wanted_sections(args.only, done)
+    except ValueError as error:
+        print(f"gpu_check: {error}", file=sys.stderr)
+        return 2
+    report: dict[str, Any] = {"env": env, **done}
+    write(report, out)
+    for section in wanted:
+        print(f"gpu_check: {section.name} ...", file=sys.stderr, flush=True)
+        left_s = args.budget - (time.monotonic() - start) if args.budget else float("inf")
+        report[section.name] = result = run_section(section, out, left_s)
+        print(f"gpu_check: {result['outcome']}, {result['seconds']} s", file=sys.stderr, flush=True)
+        write(report, out)
     print((out / "report.md").read_text())
-    outcomes = [report[name]["outcome"] for name in COMMANDS if name in report]
+    outcomes = [report[section.name]["outcome"] for section in wanted]
     return 0 if all(text.startswith(("passed", "not run")) for text in outcomes) else 1
+
+
+def write(report: dict[str, Any], out: Path) -> None:
+    """Both forms of the report."""
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (out / "report.md").write_text(markdown(report))
 
 
 if __name__ == "__main__":

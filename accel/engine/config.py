@@ -20,7 +20,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import yaml
 
 from accel.engine.checkpoint import CheckpointConfig
@@ -118,7 +117,17 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
 
 
 def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """A parser that raises instead of exiting and takes no abbreviations."""
+    """A parser that raises instead of exiting and takes no abbreviations.
+
+    Raises:
+        ConfigError: jsonargparse is not installed. What needs no recipe file works without it.
+    """
+    try:
+        import jsonargparse
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "recipes are read with jsonargparse, which is not installed; pip install jsonargparse."
+        ) from error
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser: argparse.ArgumentParser = jsonargparse.ArgumentParser(
         prog=prog, description=description, exit_on_error=False, allow_abbrev=False

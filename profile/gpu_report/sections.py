@@ -1,0 +1,163 @@
+"""What gpu_check.py runs: one command per section, the most important first."""
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+PYTHON = sys.executable
+MOST_S = 480
+"""Time limit of the longest sections."""
+
+_CUDA = ("--device", "cuda")
+_TESTS = (PYTHON, "-m", "pytest", "-q", "-m", "needs_cuda", "-p", "no:cacheprovider")
+_STEP = (PYTHON, "profile/step.py", *_CUDA, "--json")
+_NORMS = ("torch", "torch+compile", "fused", "fused+compile")
+_CASES = (PYTHON, "profile/kernels_bench.py", *_CUDA)
+_ONCE = (*_CASES, "--quick", "--batch", "1", "--warmups", "1", "--repeats", "1")
+_REFERENCE = {"ACCEL_KERNELS": "reference"}
+
+
+@dataclass(frozen=True)
+class Section:
+    """One command; its last line is JSON where the report needs numbers."""
+
+    name: str
+    command: tuple[str, ...]
+    """`{out}` stands for the folder of the report."""
+    limit_s: int = MOST_S
+    modules: tuple[str, ...] = ()
+    """Python packages without which it is not run."""
+    environment: dict[str, str] = field(default_factory=dict)
+    json: bool = False
+    """Whether the last line of the output is a JSON object."""
+    obstacle: Callable[[], str | None] = lambda: None
+    """Why this machine cannot run it, or None."""
+
+    def why_not(self) -> str | None:
+        """One line that says why it cannot run here, or None."""
+        missing = [name for name in self.modules if not _importable(name)]
+        if missing:
+            verb = "is" if len(missing) == 1 else "are"
+            return f"{', '.join(missing)} {verb} not installed"
+        if shutil.which(self.command[0]) is None:
+            return f"{self.command[0]} is not installed"
+        return self.obstacle()
+
+
+def _importable(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # not even its parent
+        return False
+
+
+def _no_tf32() -> str | None:
+    old = torch.cuda.get_device_capability() < (8, 0)
+    return "this GPU has no tf32 arithmetic" if old else None
+
+
+def _no_bf16() -> str | None:
+    has_it = torch.cuda.is_bf16_supported(including_emulation=False)
+    return None if has_it else "this GPU has no bf16 arithmetic"
+
+
+def sanitizer(*options: str) -> tuple[str, ...]:
+    """compute-sanitizer with options; of the toolkit's folder, if it is not on PATH."""
+    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
+    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=toolkit)
+    return (program or "compute-sanitizer", "--error-exitcode", "9", *options)
+
+
+SECTIONS = (
+    Section(
+        "build",
+        (PYTHON, "setup.py", "build_ext", "--inplace"),
+        limit_s=300,
+        modules=("setuptools",),
+    ),
+    # The steps that the project is judged by: every network beside TSN.
+    Section("step_fp16", (*_STEP, "--precision", "fp16"), limit_s=240, json=True),
+    Section("kernels", (*_CASES, "--json"), limit_s=240, json=True),
+    # What published code runs: plain PyTorch, fp32, NCHW.
+    Section(
+        "step_fp32_nchw",
+        (*_STEP, "--layout", "nchw", "--models", "tanet", "--steps", "20", "--warmups", "5"),
+        limit_s=180,
+        environment=_REFERENCE,
+        json=True,
+    ),
+    Section(
+        "memory",
+        (*_STEP, "--precision", "fp16", "--batch", "8", "--steps", "5", "--warmups", "2"),
+        limit_s=180,
+        json=True,
+    ),
+    # Real pixels from JPEG folders, with evaluation, stop, resume and a profile of ten steps.
+    Section(
+        "training",
+        (
+            *(PYTHON, "profile/real_training.py", *_CUDA, "--precision", "fp16", "--json"),
+            *("--seconds", "60", "--out", "{out}/training_run"),
+        ),
+        limit_s=240,
+        modules=("PIL", "yaml", "tqdm"),
+        json=True,
+    ),
+    Section(
+        "training_report", (PYTHON, "profile/nsys_report.py", "{out}/training_run/profile"), 120
+    ),
+    Section("tests_operators", (*_TESTS, "tests/kernels"), modules=("pytest",)),
+    # Every operator once, forward and backward: out-of-bounds and misaligned accesses.
+    Section("sanitizer", (*sanitizer(), *_ONCE), limit_s=300),
+    Section(
+        "step_bf16", (*_STEP, "--precision", "bf16"), limit_s=240, json=True, obstacle=_no_bf16
+    ),
+    # The same steps with every operator as plain PyTorch.
+    Section(
+        "step_reference",
+        (*_STEP, "--precision", "fp16", "--steps", "30"),
+        limit_s=300,
+        environment=_REFERENCE,
+        json=True,
+    ),
+    # Decides where model.batch_norm "auto" is "fused": 5 % less than the best of the others.
+    Section(
+        "step_batch_norm",
+        (
+            *(*_STEP, "--precision", "fp16", "--models"),
+            ",".join(f"{name}@{code}" for name in ("tsn", "tanet") for code in _NORMS),
+        ),
+        json=True,
+    ),
+    Section(
+        "tests",
+        (*_TESTS, "tests/engine", "tests/detection", "tests/models"),
+        modules=("pytest", "jsonargparse", "av"),
+    ),
+    Section(
+        "bench",
+        (
+            *(PYTHON, "-m", "accel.cli.main", "bench", "--recipe", "demo_motion8"),
+            *("--run.device", "cuda", "--precision.mode", "fp16"),
+        ),
+        limit_s=240,
+        modules=("jsonargparse", "av"),
+    ),
+    Section(
+        "step_tf32", (*_STEP, "--precision", "tf32"), limit_s=300, json=True, obstacle=_no_tf32
+    ),
+    Section("step_fp32", (*_STEP, "--precision", "fp32", "--steps", "30"), json=True),
+    Section("kernels_compile", (*_CASES, "--quick", "--compile", "--json"), json=True),
+    Section("sanitizer_race", (*sanitizer("--tool", "racecheck"), *_ONCE), limit_s=300),
+    Section(
+        "sanitizer_tests",
+        (*sanitizer(), *_TESTS, "-k", "matches_reference", "tests/kernels"),
+        modules=("pytest",),
+    ),
+)

@@ -1,0 +1,56 @@
+"""The report of gpu_check.py as markdown."""
+
+from typing import Any
+
+from gpu_report.asks import asks, table
+from gpu_report.sections import SECTIONS
+
+_SITE = ("op", "form", "channels", "size", "direction", "implementation")
+_STEP = (
+    "model",
+    "step_ms",
+    "p10_ms",
+    "p90_ms",
+    "clips_per_s",
+    "ratio_to_tsn",
+    "tflops",
+    "peak_gib",
+)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """Environment, asks beside what was measured, outcomes, and every row of the benchmarks."""
+    lines = ["# GPU check", ""]
+    lines += [f"- {key}: {value}" for key, value in report.get("env", {}).items()]
+    lines += ["", "## Asked and measured", "", *table(asks(report))]
+    lines += [
+        "",
+        "## Sections",
+        "",
+        "| section | outcome | seconds | last line |",
+        "|---|---|---|---|",
+    ]
+    for section in SECTIONS:
+        found = report.get(section.name, {"outcome": "not run", "seconds": "", "last_line": ""})
+        last = found["last_line"].replace("|", "/")
+        lines.append(f"| {section.name} | {found['outcome']} | {found['seconds']} | {last} |")
+    if training := report.get("training", {}).get("result"):
+        lines += ["", "## Training", "", *(f"- {k}: {v}" for k, v in training.items())]
+    for name in (section.name for section in SECTIONS if section.json):
+        if rows := report.get(name, {}).get("models"):
+            settings = report[name].get("settings", {})
+            lines += ["", f"## {name}: {settings.get('batch')} clips per step", ""]
+            lines += _table(_STEP, [[str(row.get(column, "")) for column in _STEP] for row in rows])
+        if rows := report.get(name, {}).get("rows"):
+            lines += ["", f"## {name}", ""]
+            cells = []
+            for row in rows:
+                numbers = f"{row['median_us']:.1f}", f"{row['gb_s']:.0f}", f"{row['of_copy']:.0%}"
+                cells.append([*(str(row[column]) for column in _SITE), *numbers])
+            lines += _table((*_SITE, "median us", "GB/s", "of copy"), cells)
+    return "\n".join(lines) + "\n"
+
+
+def _table(columns: tuple[str, ...], rows: list[list[str]]) -> list[str]:
+    head = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return head + [f"| {' | '.join(row)} |" for row in rows]
