@@ -14,7 +14,7 @@ sources := setup.py pyproject.toml accel/__init__.py $(shell find kernels/csrc -
 # An extension that was built and has been deleted since is built again.
 $(shell grep -qs . $(built) && [ ! -e kernels/_C.so ] && rm -f $(built))
 
-.PHONY: demo test setup lint clean cuda-torch test-dali-1.34
+.PHONY: demo test setup lint clean cuda-torch test-dali-1.34 test-dali-1.53
 
 demo: setup
 	$(python) train.py $(ARGS)
@@ -61,16 +61,18 @@ $(cuda_torch)/.unpacked: | $(installed)
 	rm $(cuda_torch)/*.whl
 	@touch $@
 
-# The loader tests with the last DALI for CUDA 11 that PyPI serves, in front of the installed one
-# (Python 3.12 or older).
-old_dali := build/dali-1.34
+# The loader tests with an older DALI in front of the installed one: the last for CUDA 11 that PyPI
+# serves (Python 3.12 or older), and the last 1.x (CUDA 12, Python 3.13 or older; 400 MB).
+dali_wheels = $(or $(dali_wheels_$*),$(error no rule for DALI $*))
+dali_wheels_1.34 := nvidia-dali-cuda110==1.34.0
+dali_wheels_1.53 := nvidia-dali-cuda120==1.53.0 nvidia-nvimgcodec-cu12==0.7.0.11
 
-test-dali-1.34: $(old_dali)/.installed | setup
-	PYTHONPATH=$(CURDIR)/$(old_dali) $(python) -m pytest -m "not slow" tests/pipelines/test_loader.py \
+test-dali-1.34 test-dali-1.53: test-dali-%: build/dali-%/.installed | setup
+	PYTHONPATH=$(CURDIR)/build/dali-$* $(python) -m pytest -m "not slow" tests/pipelines/test_loader.py \
 	  tests/pipelines/test_frame_folders.py tests/pipelines/test_views.py
 
-$(old_dali)/.installed: | $(installed)
-	rm -rf $(old_dali)
-	$(python) -m pip install --quiet --disable-pip-version-check --no-deps --target $(old_dali) \
-	  nvidia-dali-cuda110==1.34.0 dm-tree==0.1.10 absl-py==2.5.1 attrs==26.1.0 wrapt==2.5.2
+build/dali-%/.installed: | $(installed)
+	rm -rf $(@D)
+	$(python) -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) \
+	  $(dali_wheels) dm-tree==0.1.10 absl-py==2.5.1 attrs==26.1.0 wrapt==2.5.2
 	@touch $@
