@@ -9,14 +9,17 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from pipelines.annotations import VideoRecord, VideoSet
+from pipelines.decode import decode_packets
 from pipelines.errors import AnnotationError, MediaError
-from pipelines.images import find_frame_name, probe_frames, read_images
-from pipelines.media import open_video, probe
+from pipelines.images import find_frame_name, read_images
+from pipelines.media import MediaInfo, open_video
+from pipelines.shards import packed_name, probe_record, shard_opener
 
 _BLACK = 20  # luma below it (16 is black) all over the frame
 _TAIL = 3  # black frames at the end that follow a picture
@@ -52,13 +55,17 @@ def audit(
     if not frame_name and len(videos) and videos[0].path.is_dir():
         frame_name = find_frame_name(videos[0].path)
 
+    open_shard = shard_opener()
+
     def check(record: VideoRecord) -> list[Finding]:
         try:
-            if frame_name:
-                return [
-                    Finding(record, text, False) for text in _folder(record, frame_name, decode)
-                ]
-            return list(_file(record, decode))
+            info = probe_record(record, frame_name, open_shard)
+            packed = packed_name(record.path)
+            if packed is not None and decode:
+                open_shard(packed[0]).record(packed[1])  # its checksum
+            if info.kind.frame_name:
+                return [Finding(record, text, False) for text in _images(record, info, decode)]
+            return list(_file(record, info, decode))
         except MediaError as error:
             return [Finding(record, error.problem, True)]
 
@@ -75,32 +82,28 @@ def audit(
             yield from findings
 
 
-def _file(record: VideoRecord, decode: bool) -> Iterator[Finding]:
+def _file(record: VideoRecord, info: MediaInfo, decode: bool) -> Iterator[Finding]:
     import av
 
     path = record.path
-    info = probe(path)
     if info.packets is None:
         yield Finding(record, "frames can only be decoded from the start of the file", False)
     times: list[int | None] = []
     means: list[float] = []
-    with open_video(path) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "NONE"
-        try:
-            if not decode:
-                times = sorted(p.pts for p in container.demux(stream) if p.pts is not None)
-            else:
-                for frame in container.decode(stream):
-                    times.append(frame.pts)
-                    if frame.is_corrupt:
-                        reason = f"frame {len(times) - 1} is damaged (the decoder filled it in)"
-                        yield Finding(record, reason, True)
-                        return
-                    luma = np.frombuffer(frame.planes[0], np.uint8)
-                    means.append(float(luma[:: max(1, luma.size // 4096)].max()))
-        except av.FFmpegError as error:
-            raise MediaError(path, f"cannot be decoded: {error}.") from error
+    try:
+        if not decode:
+            times = _packet_times(path)
+        else:
+            for frame in _frames(path, info):
+                times.append(frame.pts)
+                if frame.is_corrupt:
+                    reason = f"frame {len(times) - 1} is damaged (the decoder filled it in)"
+                    yield Finding(record, reason, True)
+                    return
+                luma = np.frombuffer(frame.planes[0], np.uint8)
+                means.append(float(luma[:: max(1, luma.size // 4096)].max()))
+    except av.FFmpegError as error:
+        raise MediaError(path, f"cannot be decoded: {error}.") from error
     if decode and len(times) != info.num_frames:
         reason = f"{info.num_frames} frames by its packets, {len(times)} decoded"
         yield Finding(record, reason, True)
@@ -118,17 +121,34 @@ def _file(record: VideoRecord, decode: bool) -> Iterator[Finding]:
         yield Finding(record, "its frame rate varies", False)
 
 
-def _folder(record: VideoRecord, frame_name: str, decode: bool) -> Iterator[str]:
-    info = probe_frames(record, frame_name)
-    after = info.first_number + info.num_frames
-    if record.num_frames and (record.path / frame_name.format(after)).exists():
+def _frames(path: Path, info: MediaInfo) -> Iterator[Any]:
+    """Every frame, as PyAV has them."""
+    if packed_name(path) is not None:
+        yield from decode_packets(path, info)
+        return
+    with open_video(path) as container:
+        container.streams.video[0].thread_type = "NONE"
+        yield from container.decode(video=0)
+
+
+def _packet_times(path: Path) -> list[int | None]:
+    if packed_name(path) is not None:
+        return []  # a shard does not keep them
+    with open_video(path) as container:
+        return sorted(p.pts for p in container.demux(video=0) if p.pts is not None)
+
+
+def _images(record: VideoRecord, info: MediaInfo, decode: bool) -> Iterator[str]:
+    """Of a folder of frames, or of its record in a shard."""
+    name, first = info.kind.frame_name, info.first_number
+    if record.num_frames and (record.path / name.format(first + info.num_frames)).exists():
         yield f"the folder has more frames than the {record.num_frames} of the list"
     frames = range(info.num_frames)
-    for first in range(0, info.num_frames, 32) if decode else ():
-        read_images(record.path, info, frames[first : first + 32])
-    if not decode:
+    for start in range(0, info.num_frames, 32) if decode else ():
+        read_images(record.path, info, frames[start : start + 32])
+    if not decode and info.packets is None:
         for frame in frames:
-            path = record.path / frame_name.format(info.first_number + frame)
+            path = record.path / name.format(first + frame)
             if not path.is_file():
                 raise MediaError(path, "the frame is missing.")
 

@@ -2,7 +2,8 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ import numpy.typing as npt
 
 from pipelines.errors import MediaError
 from pipelines.images import read_images
-from pipelines.media import open_decoder, open_video
-from pipelines.packets import PacketTable, read_packets
+from pipelines.media import MediaInfo, open_decoder, open_video
+from pipelines.packets import PacketTable, media_file, read_packets
 from pipelines.source import Sample
 
 _LOG = logging.getLogger(__name__)
@@ -119,9 +120,38 @@ def _read_spans(
     return not missing
 
 
+def decode_packets(path: Path, info: MediaInfo) -> Iterator[Any]:
+    """Every frame of a video in a shard, as PyAV has them; times are indices.
+
+    Raises:
+        av.FFmpegError: damage that the decoder notices.
+        MediaError: it cannot be read.
+    """
+    import av
+
+    table, kind = info.packets, info.kind
+    assert table is not None
+    decoder = open_decoder(
+        kind.codec, table.header, color_range=kind.color_range, color_space=kind.color_space
+    )
+    for first in range(0, len(table.sizes), 64):
+        packets = np.arange(first, min(first + 64, len(table.sizes)))
+        for number, content in zip(
+            packets, read_packets(path, table, packets, info.size_bytes), strict=True
+        ):
+            packet = av.Packet(content)
+            packet.pts = int(table.ranks[number])
+            yield from decoder.decode(packet)
+    yield from decoder.decode(None)
+
+
 def _read_by_count(sample: Sample, wanted: list[int], store: Callable[[Any, int], None]) -> None:
     """Decode from the start and count."""
     import av
+
+    if media_file(sample.path) != sample.path:
+        problem = "its packets in the shard do not give the frames they should; run accel data "
+        raise MediaError(sample.path, f"{problem}check, then accel data prepare again.")
 
     missing = iter([*wanted, -1])
     next_one = next(missing)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from pipelines.annotations import VideoRecord
 from pipelines.errors import MediaError
 from pipelines.media import MediaInfo, StreamKind
+from pipelines.packets import read_packets
 
 _NUMBERED = re.compile(r"(.*?)([0-9]+)(\.(?:jpe?g|png))", re.IGNORECASE)
 _HEAD_BYTES = 65_536  # a JPEG may begin with a preview image
@@ -104,20 +105,18 @@ def image_header(path: Path | str, head: bytes) -> tuple[str, int, int]:
 
 
 def read_encoded(folder: Path, info: MediaInfo, frames: Sequence[int]) -> list[bytes]:
-    """The files of these frames (0-based).
+    """The files of these frames (0-based), of a folder or of its record in a shard.
 
     Raises:
         MediaError: one cannot be read, is no image, or has another size than the first frame.
     """
-    contents = []
-    for frame in frames:
-        path = f"{folder}/{info.kind.frame_name.format(info.first_number + frame)}"
-        try:
-            contents.append(_content(path))
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise MediaError(path, f"cannot be read: {reason}.") from error
-        _, width, height = image_header(path, contents[-1])
+    paths = [f"{folder}/{info.kind.frame_name.format(info.first_number + k)}" for k in frames]
+    if info.packets is not None:  # in a shard
+        contents = read_packets(folder, info.packets, np.array(frames), info.size_bytes)
+    else:
+        contents = [_content(path) for path in paths]
+    for path, content in zip(paths, contents, strict=True):
+        _, width, height = image_header(path, content)
         if (width, height) != (info.width, info.height):
             wanted = f"{info.width} x {info.height} px as in the first frame of the folder"
             raise MediaError(path, f"expected {wanted}, got {width} x {height}.")
@@ -126,17 +125,21 @@ def read_encoded(folder: Path, info: MediaInfo, frames: Sequence[int]) -> list[b
 
 def _content(path: str) -> bytes:
     """A file with as few calls as can be: each gives way to other threads that read or decode."""
-    handle = os.open(path, os.O_RDONLY)
     try:
-        content = os.read(handle, _READ_BYTES)
-        if len(content) < _READ_BYTES:  # all of a regular file
-            return content
-        parts = [content]
-        while parts[-1]:
-            parts.append(os.read(handle, 1 << 20))
-        return b"".join(parts)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            content = os.read(handle, _READ_BYTES)
+            if len(content) < _READ_BYTES:  # all of a regular file
+                return content
+            parts = [content]
+            while parts[-1]:
+                parts.append(os.read(handle, 1 << 20))
+            return b"".join(parts)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise MediaError(path, f"cannot be read: {reason}.") from error
 
 
 def read_images(folder: Path, info: MediaInfo, frames: Sequence[int]) -> npt.NDArray[np.uint8]:

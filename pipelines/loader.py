@@ -14,10 +14,10 @@ from pipelines.datasets import Dataset
 from pipelines.decode import read_frames
 from pipelines.decoders import Decoder, DecoderPlan, choose_decoder
 from pipelines.errors import DataError, MediaError
-from pipelines.media import probe
 from pipelines.media_index import index_videos
 from pipelines.order import Split, train_positions, val_positions
 from pipelines.prefetch import Batch, Prefetcher
+from pipelines.shards import find_media_damage
 from pipelines.source import Sample, SampleSource
 
 __all__ = ["Batch", "Loader", "build_loader"]
@@ -288,8 +288,7 @@ def _name_culprit(samples: Sequence[Sample], error: RuntimeError) -> DataError:
     """DALI fails for a whole group without naming the file: find it with PyAV or Pillow."""
     for sample in samples:
         try:
-            if not sample.info.kind.frame_name:
-                probe(sample.path)
+            find_media_damage(sample.path, sample.info)
             read_frames(sample)
         except MediaError as found:
             return found

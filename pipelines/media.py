@@ -89,7 +89,8 @@ class MediaInfo:
 
     size_bytes: int
     packets: PacketTable | None
-    """None: packets do not tell where to find a frame; the file is decoded from its start."""
+    """None: packets do not tell where to find a frame; the file is decoded from its start. In a
+    shard, images are packets too."""
 
     first_number: int = 0
     """Number in the file name of frame 0 of a folder of frames."""

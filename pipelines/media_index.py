@@ -24,9 +24,10 @@ from tqdm import tqdm
 from pipelines.annotations import VideoRecord, VideoSet
 from pipelines.cache import locked, replace_bytes
 from pipelines.errors import DataError, MediaError
-from pipelines.images import find_frame_name, probe_frames
-from pipelines.media import MediaInfo, StreamKind, probe
-from pipelines.packets import PacketTable
+from pipelines.images import find_frame_name
+from pipelines.media import MediaInfo, StreamKind
+from pipelines.packets import PacketTable, media_file
+from pipelines.shards import probe_record, shard_opener
 
 _LOG = logging.getLogger(__name__)
 _MAGIC = b"accel media index 3\n"
@@ -143,7 +144,7 @@ def index_videos(
 
 def _stamp(name: str) -> tuple[int, int]:
     try:
-        stat = os.stat(name)
+        stat = os.stat(media_file(Path(name)))
     except (OSError, ValueError):
         return -1, -1  # probe() says why
     return stat.st_size, stat.st_mtime_ns
@@ -213,13 +214,12 @@ def _probe_all(
     frame_name: str,
 ) -> list[MediaError]:
     failures = []
+    open_shard = shard_opener()
 
     def attempt(record: VideoRecord) -> tuple[MediaInfo, int] | MediaError:
         time_ns = _stamp(os.fspath(record.path))[1]  # before the file is read: later ones are seen
         try:
-            if frame_name:
-                return probe_frames(record, frame_name), time_ns
-            return probe(record.path), time_ns
+            return probe_record(record, frame_name, open_shard), time_ns
         except MediaError as error:
             return error
 

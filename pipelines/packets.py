@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from pipelines.errors import MediaError
 
+SHARD_SUFFIX = ".shard"
 _GAP_BYTES = 4096  # a second read costs more than reading this much for nothing
 
 
@@ -132,10 +133,17 @@ def make_table(
     return table if bool(np.all(starts <= table.packet_of_frame)) else None
 
 
+def media_file(path: Path) -> Path:
+    """The file that holds a video: itself, or the shard that is a part of its path."""
+    name = os.fspath(path)
+    shard, mark, _ = name.partition(f"{SHARD_SUFFIX}/")
+    return Path(shard + SHARD_SUFFIX) if mark else path
+
+
 def read_packets(
     path: Path, table: PacketTable, packets: npt.NDArray[np.int64], size_bytes: int
 ) -> list[bytes]:
-    """The bytes of packets, in as few reads as their places allow.
+    """The bytes of packets of a video file or shard, in as few reads as their places allow.
 
     Raises:
         MediaError: the file cannot be read, or has another size than when it was indexed.
@@ -146,7 +154,7 @@ def read_packets(
     breaks = np.flatnonzero(starts[1:] - ends[:-1] > _GAP_BYTES) + 1
     result = [b""] * len(packets)
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(media_file(path), os.O_RDONLY)
         try:
             got = os.fstat(handle).st_size
             if got != size_bytes:

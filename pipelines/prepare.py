@@ -1,4 +1,4 @@
-"""Re-encode a set once for training: small frames, short GOPs, constant frame rate.
+"""Re-encode a set once for training (small frames, short GOPs, constant frame rate), or pack it.
 
 Frame k of a copy is frame k of the original, so sampling stays the same. What a clip costs falls
 with the pixels and, because only the packets from the keyframe before a wanted frame are decoded,
@@ -25,12 +25,16 @@ from pipelines.cache import replace_bytes
 from pipelines.decode import read_frames
 from pipelines.errors import DataError, MediaError
 from pipelines.geometry import View
-from pipelines.images import find_frame_name, probe_frames, read_images
+from pipelines.images import find_frame_name, read_images
 from pipelines.media import MediaInfo, open_video, probe
+from pipelines.packets import SHARD_SUFFIX, media_file
+from pipelines.packing import Named, map_ahead, pack_shard
 from pipelines.sampling import segment_indices_center
+from pipelines.shards import Record, make_record, probe_record, shard_opener
 from pipelines.source import Sample
 
 _SETTINGS = "prepared.json"
+_COPIES = "copies"  # not packed yet
 _ENCODERS: dict[str, tuple[str, str, dict[str, str]]] = {
     # No B-frames: fewer packets lead to a frame.
     "h264": ("libx264", ".mp4", {"preset": "medium", "bf": "0", "sc_threshold": "0"}),
@@ -43,7 +47,9 @@ _FRAMES_PER_S = 25  # of folders of frames
 class Encoding:
     """How a set is encoded."""
 
-    codec: Literal["h264", "vp9"] = "h264"
+    codec: Literal["h264", "vp9", "copy"] = "h264"
+    """"copy" packs files and folders of frames as they are."""
+
     short_side: int = 256
     """px; smaller videos keep their size."""
 
@@ -52,6 +58,9 @@ class Encoding:
 
     quality: int = 20
     """Constant rate factor; smaller is better and larger."""
+
+    shard_videos: int = 0
+    """Videos in one packed file (`pipelines.shards`); 0 = a file for each. "copy" needs > 0."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +92,8 @@ def prepare(
 ) -> Report:
     """Write every video of some lists, and the lists, below another folder.
 
-    A copy appears under its name when it is complete and was verified, so the call can be repeated
-    after an interruption; what is there and newer than its original is kept.
+    A copy, or a shard of them, appears under its name when it is complete and was verified, so the
+    call can be repeated after an interruption; what is there and newer than its original is kept.
 
     Args:
         lists: (file name to write, videos).
@@ -98,40 +107,43 @@ def prepare(
     """
     _claim(out, encoding)
     records = list({record.name: record for _, videos in lists for record in videos}.values())
-    targets = _targets(records, out, encoding)
+    names = _names(records, encoding)
     if not frame_name and records and records[0].path.is_dir():
         frame_name = find_frame_name(records[0].path)
-
-    def attempt(record: VideoRecord) -> bool | str:
-        target = targets[record.name]
+    work = _Work(encoding, out, names, frame_name)
+    groups = _groups(records, out, encoding)
+    hidden = not sys.stderr.isatty()
+    bar = tqdm(total=len(records), desc="preparing", unit="video", disable=hidden)
+    results: dict[str, bool | str] = {}
+    with bar, ThreadPoolExecutor(threads, thread_name_prefix="accel-prepare") as pool:
         try:
-            changed = record.path.stat().st_mtime_ns
-            if target.exists() and target.stat().st_mtime_ns >= changed:
-                return False
-            _encode(record, target, encoding, frame_name)
-            return True
-        except OSError as error:
-            return error.strerror or str(error)
-        except MediaError as error:
-            return error.problem
-
-    with ThreadPoolExecutor(threads, thread_name_prefix="accel-prepare") as pool:
-        try:
-            hidden = not sys.stderr.isatty()
-            outcomes = pool.map(attempt, records)
-            bar = tqdm(outcomes, total=len(records), desc="encoding", unit="video", disable=hidden)
-            results = dict(zip((record.name for record in records), bar, strict=True))
+            if not encoding.shard_videos:
+                outcomes = map_ahead(pool, work.encode, records, 4 * threads)
+                for record, outcome in zip(records, outcomes, strict=True):
+                    results[record.name] = outcome
+                    bar.update()
+            for shard, group in groups.items():
+                videos = [(names[record.name], record) for record in group]
+                outcome_of = pack_shard(
+                    shard, videos, work.pack, pool=pool, ahead=2 * threads, done=bar.update
+                )
+                results |= {record.name: outcome_of[name] for name, record in videos}
+                for record in group:
+                    work.copy_of(record).unlink(missing_ok=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    targets = {record.name: work.copy_of(record) for record in records}
+    for shard, members in groups.items():
+        targets |= {record.name: shard / names[record.name] for record in members}
     failed = {name: reason for name, reason in results.items() if isinstance(reason, str)}
-    for name, videos in lists:
+    for list_name, listed in lists:
         kept = [
             VideoRecord(targets[r.name].relative_to(out).as_posix(), targets[r.name], r.label)
-            for r in videos
+            for r in listed
             if r.name not in failed
         ]
-        replace_bytes(out / name, [format_list(kept).encode()])
+        replace_bytes(out / list_name, [format_list(kept).encode()])
     good = [record for record in records if record.name not in failed]
     copies = [VideoRecord(r.name, targets[r.name], r.label) for r in good]
     return Report(
@@ -139,15 +151,75 @@ def prepare(
         kept=sum(result is False for result in results.values()),
         failed=failed,
         bytes_before=sum(_size(record.path) for record in good),
-        bytes_after=sum(_size(record.path) for record in copies),
+        bytes_after=sum(_size(path) for path in {media_file(r.path) for r in copies}),
         clips_per_s_before=_clips_per_s(good[:8], frame_name),
         clips_per_s_after=_clips_per_s(copies[:8], ""),
     )
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What is done to one video."""
+
+    encoding: Encoding
+    out: Path
+    names: dict[str, str]
+    frame_name: str
+
+    def copy_of(self, record: VideoRecord) -> Path:
+        """Where its encoded copy stands; until it is packed, if it is."""
+        folder = self.out / _COPIES if self.encoding.shard_videos else self.out
+        return folder / self.names[record.name]
+
+    def encode(self, record: VideoRecord) -> bool | str:
+        """True: written; False: found complete; or why it cannot be."""
+        target = self.copy_of(record)
+        try:
+            changed = record.path.stat().st_mtime_ns
+            if target.exists() and target.stat().st_mtime_ns >= changed:
+                return False
+            _encode(record, target, self.encoding, self.frame_name)
+            return True
+        except OSError as error:
+            return error.strerror or str(error)
+        except MediaError as error:
+            return error.problem
+
+    def pack(self, video: Named) -> Record | str:
+        """The video as it will stand in a shard, or why it cannot."""
+        name, record = video
+        try:
+            if self.encoding.codec == "copy":
+                info = probe_record(record, self.frame_name)
+                content = make_record(name, record.path, info)
+                return _damage(record, self.frame_name) or content
+            outcome = self.encode(record)
+            if isinstance(outcome, str):
+                return outcome
+            copy = self.copy_of(record)
+            return make_record(name, copy, probe(copy))
+        except MediaError as error:
+            return error.problem
+
+
+def _groups(
+    records: Sequence[VideoRecord], out: Path, encoding: Encoding
+) -> dict[Path, Sequence[VideoRecord]]:
+    """Shard -> what is packed into it."""
+    count = encoding.shard_videos
+    starts = range(0, len(records), count) if count else range(0)
+    return {
+        out / f"{number:05d}{SHARD_SUFFIX}": records[first : first + count]
+        for number, first in enumerate(starts)
+    }
+
+
 def _claim(out: Path, encoding: Encoding) -> None:
     settings = out / _SETTINGS
-    content = json.dumps(asdict(encoding), indent=1)
+    facts = asdict(encoding)
+    if not encoding.shard_videos:
+        del facts["shard_videos"]
+    content = json.dumps(facts, indent=1)
     if settings.exists() and settings.read_text(encoding="utf-8") != content:
         raise DataError(
             f"{out}: holds copies with other settings ({_SETTINGS}); use another folder, or delete "
@@ -158,27 +230,32 @@ def _claim(out: Path, encoding: Encoding) -> None:
         left_over.unlink(missing_ok=True)
 
 
-def _targets(records: Sequence[VideoRecord], out: Path, encoding: Encoding) -> dict[str, Path]:
-    suffix = _ENCODERS[encoding.codec][1]
-    targets: dict[str, Path] = {}
-    owners: dict[Path, str] = {}
+def _names(records: Sequence[VideoRecord], encoding: Encoding) -> dict[str, str]:
+    """Listed name -> name of the copy, relative."""
+    names: dict[str, str] = {}
+    owners: dict[str, str] = {}
     for record in records:
-        name = PurePosixPath(record.name)
-        if name.is_absolute() or ".." in name.parts:
+        listed = PurePosixPath(record.name)
+        if listed.is_absolute() or ".." in listed.parts:
             raise DataError(f"{record.name}: expected a path below the root; copies keep it.")
-        stem = name if record.path.is_dir() else name.with_suffix("")
-        target = out / f"{stem}{f'_{record.offset}' if record.offset else ''}{suffix}"
-        if owners.setdefault(target, record.name) != record.name:
-            raise DataError(f"'{owners[target]}' and '{record.name}' would both become {target}.")
-        targets[record.name] = target
-    return targets
+        if media_file(record.path) != record.path:
+            raise DataError(f"{record.name}: is packed already; prepare copies from the originals.")
+        stem = listed if record.path.is_dir() else listed.with_suffix("")
+        suffix = _ENCODERS[encoding.codec][1] if encoding.codec in _ENCODERS else ""
+        if encoding.codec == "copy" and not record.path.is_dir():
+            suffix = listed.suffix
+        name = f"{stem}{f'_{record.offset}' if record.offset else ''}{suffix}"
+        if owners.setdefault(name, record.name) != record.name:
+            raise DataError(f"'{owners[name]}' and '{record.name}' would both become {name}.")
+        names[record.name] = name
+    return names
 
 
 def _encode(record: VideoRecord, target: Path, encoding: Encoding, frame_name: str) -> None:
     """Write one copy and verify it: frames counted, keyframes near enough, every frame decoded."""
     import av
 
-    info = probe_frames(record, frame_name) if frame_name else probe(record.path)
+    info = probe_record(record, frame_name)
     encoder, suffix, options = _ENCODERS[encoding.codec]
     gop = str(encoding.gop)
     options = options | {"g": gop, "keyint_min": gop, "crf": str(encoding.quality), "threads": "1"}
@@ -249,11 +326,18 @@ def _verify(record: VideoRecord, copy: Path, num_frames: int, encoding: Encoding
     gap = max((b - a for a, b in itertools.pairwise(ends)), default=num_frames)
     if gap > encoding.gop:
         raise MediaError(record.path, f"expected keyframes every {encoding.gop} frames, got {gap}.")
-    checked = VideoSet(copy.parent, [(copy.name, 0)])
-    for finding in audit(checked, threads=1, progress=False):
-        # A dark ending is the original's, not the copy's.
-        if finding.fatal and "black" not in finding.reason:
-            raise MediaError(record.path, f"the copy is damaged: {finding.reason}.")
+    if damage := _damage(VideoRecord(copy.name, copy, 0), ""):
+        raise MediaError(record.path, f"the copy is damaged: {damage}")
+
+
+def _damage(record: VideoRecord, frame_name: str) -> str | None:
+    """Why a video that was decoded whole cannot be used, or None."""
+    row = (record.path.name, record.label, record.num_frames, record.offset)
+    checked = VideoSet(record.path.parent, [row])
+    for finding in audit(checked, threads=1, frame_name=frame_name, progress=False):
+        if finding.fatal and "black" not in finding.reason:  # a dark ending is the original's
+            return f"{finding.reason}."
+    return None
 
 
 def _size(path: Path) -> int:
@@ -263,7 +347,8 @@ def _size(path: Path) -> int:
 
 
 def _clips_per_s(records: Sequence[VideoRecord], frame_name: str) -> float:
-    infos = [probe_frames(r, frame_name) if frame_name else probe(r.path) for r in records]
+    open_shard = shard_opener()
+    infos = [probe_record(record, frame_name, open_shard) for record in records]
     start = time.perf_counter()
     for record, info in zip(records, infos, strict=True):
         indices = np.unique(segment_indices_center(info.num_frames, 8))

@@ -197,22 +197,40 @@ def stats_main(argv: Sequence[str]) -> int:
 
 
 def prepare_main(argv: Sequence[str]) -> int:
-    """Re-encode a set for training."""
+    """Re-encode or pack a set for training."""
     from pipelines.prepare import Encoding, prepare
 
     parser = Parser(
         prog="accel data prepare",
         description="Write a copy of every video of some lists, and the lists, that is cheap to "
         "sample from: small frames, short GOPs, constant frame rate. Frame k stays frame k. Can be "
-        "interrupted and repeated. Exit code 3 if a video cannot be copied.",
+        "interrupted and repeated. Exit code 3 if a video cannot be copied. With --shards the "
+        "copies stand in a few large files, for network disks.",
     )
     _add_set_options(parser)
     parser.add_argument("--out", required=True, help="folder of the copies")
     parser.add_argument("--short-side", type=int, default=256, help="px (default 256)")
     parser.add_argument("--gop", type=int, default=12, help="frames between keyframes (default 12)")
-    parser.add_argument("--codec", choices=("h264", "vp9"), default="h264")
+    parser.add_argument(
+        "--codec",
+        choices=("h264", "vp9", "copy"),
+        default="h264",
+        help="copy = pack files and folders of frames as they are (with --shards)",
+    )
     parser.add_argument("--quality", type=int, default=20, help="constant rate factor (default 20)")
+    parser.add_argument(
+        "--shards",
+        type=int,
+        nargs="?",
+        const=500,
+        default=0,
+        metavar="N",
+        help="pack N videos each (default 500) into <out>/00000.shard, ...",
+    )
     options = parser.parse_args(argv)
+    if options.shards < 0 or (options.codec == "copy" and not options.shards):
+        what = "a number of videos >= 1" if options.shards else "it with --codec copy"
+        raise ConfigError(f"--shards: expected {what}.")
     for key, value, low in (("gop", options.gop, 1), ("short-side", options.short_side, 16)):
         if value < low:
             raise ConfigError(f"--{key}: expected an integer >= {low}, got {value}.")
@@ -223,7 +241,7 @@ def prepare_main(argv: Sequence[str]) -> int:
     report = prepare(
         [(path.name, videos) for path, videos in sets],
         out,
-        Encoding(options.codec, options.short_side, options.gop, options.quality),
+        Encoding(options.codec, options.short_side, options.gop, options.quality, options.shards),
         threads=options.threads or LoaderConfig().resolved_threads(),
         frame_name=options.frame_name,
     )
@@ -240,7 +258,7 @@ def prepare_main(argv: Sequence[str]) -> int:
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "check": (check_main, "audit lists and media, write the deny-list"),
-    "prepare": (prepare_main, "re-encode a set once, so that sampling from it is cheap"),
+    "prepare": (prepare_main, "re-encode or pack a set once, so that sampling from it is cheap"),
     "stats": (stats_main, "videos, classes, frames, sizes and codecs of lists"),
     "import": (import_main, "lists of a known dataset from its official annotation files"),
 }

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines import media_index
+from pipelines import shards
 from pipelines.annotations import VideoSet
 from pipelines.errors import DataError, MediaError
 from pipelines.media import MediaInfo, probe
@@ -130,7 +130,7 @@ def test_index_is_cached_by_size_and_time(
     assert [kind.codec for kind, _ in first.kinds] == ["vp9"]
 
     probed = []
-    monkeypatch.setattr(media_index, "probe", lambda path: probed.append(path) or probe(path))
+    monkeypatch.setattr(shards, "probe", lambda path: probed.append(path) or probe(path))
     again = index(paths, cache, 2)
     assert [facts(info) for info in again] == [facts(probe(path)) for path in paths]
     assert probed == []
