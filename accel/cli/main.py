@@ -29,7 +29,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "reproduce": (reproduce.main, "train and test a published row, compare, report"),
     "results": (reproduce.results_main, "the table of published and measured results"),
     "data": (data.main, "import lists of known datasets; check, measure, re-encode media"),
-    "bench": (bench.main, "rates of a recipe: the network alone, the input alone, both"),
+    "bench": (bench.main, "rates of this machine: a recipe, every network, operators, input"),
     "convert": (convert.main, "convert a checkpoint between our layout and published ones"),
     "models": (models.main, "list the networks with their parameters and multiply-adds"),
     "recipes": (recipes.main, "list the recipes with their published rows, or check them"),

@@ -143,7 +143,7 @@ SECTIONS = (
     Section(
         "bench",
         (
-            *(PYTHON, "-m", "accel.cli.main", "bench", "--recipe", "demo_motion8"),
+            *(PYTHON, "-m", "accel.cli.main", "bench", "recipe", "loop"),
             *("--run.device", "cuda", "--precision.mode", "fp16"),
         ),
         limit_s=240,
