@@ -76,6 +76,11 @@ class DataConfig:
     are left out, and counted; a validation video in it is refused, because every one counts.
     Relative to `root`, or absolute. "" = none."""
 
+    max_bad_fraction: float = 0.001
+    """Share of a split's videos (0..1) that may be unusable: in training another one stands in for
+    each, in evaluation it counts as wrong; all are named. Ten videos are tolerated too where they
+    are no more than a tenth of the split. More end the run. 0 = none."""
+
     allow_outside_root: bool = False
     """Permit absolute paths and `..` in lists that lead out of `root`."""
 
@@ -92,6 +97,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check(self.num_classes >= 0, "data.num_classes", "an integer >= 0", self.num_classes)
         _check(0 < self.val_fraction < 1, "data.val_fraction", "0 < x < 1", self.val_fraction)
+        share = self.max_bad_fraction
+        _check(0 <= share <= 1, "data.max_bad_fraction", "0 <= x <= 1", share)
         _check_rgb("data.mean", self.mean, positive=False)
         _check_rgb("data.std", self.std, positive=True)
         if self.frame_name:

@@ -5,7 +5,7 @@ The graph has no state and no random operator: everything random comes with the 
 
 import inspect
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from pipelines.images import read_encoded
+from pipelines.pool import ReadPool
 from pipelines.source import Sample, Steps
 from pipelines.trim import trimmed_stream
 
@@ -70,7 +71,7 @@ class DaliVideo:
         direct = steps.crop and not steps.resize and steps.num_views == 1
         self._cut_frames = direct and read_frames is not None
         cut_images = direct and self._images
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="accel-decode")
+        self._pool = ReadPool(threads)
         self._feed: dict[str, list[Any]] = {}
         # No affinity: the pipeline shares the cores with the training threads.
         # exec_dynamic: outputs stay valid while a tensor refers to them. Without it (DALI 1.34) the
@@ -174,7 +175,7 @@ class DaliVideo:
 
     def close(self) -> None:
         """Release the pipeline (it and this object refer to each other) and the threads."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.close()
         self._feed = {}
         self._pipeline = None
 

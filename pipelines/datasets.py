@@ -38,6 +38,9 @@ class Dataset:
     frame_name: str = ""
     """Names of the files in folders of frames; "" = as in the first folder."""
 
+    max_bad_fraction: float = 0.0
+    """Share of a split's videos that may be unusable (`pipelines.quarantine.tolerated`)."""
+
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
@@ -65,7 +68,8 @@ def open_dataset(data: DataConfig, *, progress: bool = True) -> Dataset:
     train, val, class_names = _splits(data, progress)
     if data.deny_list:
         train = _without_denied(train, val, train.root / data.deny_list)
-    return Dataset(train, val, class_names, data.resolved_cache_dir(), data.frame_name)
+    facts = (data.resolved_cache_dir(), data.frame_name, data.max_bad_fraction)
+    return Dataset(train, val, class_names, *facts)
 
 
 def _without_denied(train: VideoSet, val: VideoSet, path: Path) -> VideoSet:

@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,8 +37,8 @@ Rounding gives below 2, BT.601 instead of BT.709 below 10."""
 class Decoder(Protocol):
     """Reads samples in two steps, so that reading one group goes on while another is finished."""
 
-    def submit(self, samples: Sequence[Sample]) -> list[Any]: ...
-    def finish(self, submitted: list[Any]) -> torch.Tensor: ...
+    def submit(self, samples: Sequence[Sample]) -> list[Future[Any]]: ...
+    def finish(self, submitted: list[Future[Any]]) -> torch.Tensor: ...
     def close(self) -> None: ...
 
 
@@ -180,9 +181,10 @@ def measure(plan: DecoderPlan, names: Sequence[str]) -> tuple[dict[str, float], 
     Each is built, warmed up by one group and then reads three; its clips must be those of "pyav".
     """
     source = plan.source
-    count = min(plan.max_samples, len(source))
-    step = max(1, len(source) // (4 * count))
-    picked = [source.sample(0, (k * step) % len(source)) for k in range(4 * count)]
+    good = [k for k in range(len(source)) if k not in source.bad]
+    count = min(plan.max_samples, len(good))
+    step = max(1, len(good) // (4 * count))
+    picked = [source.sample(0, good[(k * step) % len(good)]) for k in range(4 * count)]
     groups = [picked[first : first + count] for first in range(0, len(picked), count)]
     rates: dict[str, float] = {}
     failed: dict[str, str] = {}

@@ -4,7 +4,7 @@ The DALI graph is tested against it.
 """
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from pipelines.decode import read_frames
 from pipelines.geometry import View
+from pipelines.pool import ReadPool
 from pipelines.source import Sample
 
 
@@ -61,7 +62,7 @@ class PyavVideo:
     """Reads and transforms a group of samples on a pool of threads."""
 
     def __init__(self, *, threads: int, size: int, antialias: bool) -> None:
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="accel-decode")
+        self._pool = ReadPool(threads)
         self._size = size
         self._antialias = antialias
 
@@ -88,4 +89,4 @@ class PyavVideo:
 
     def close(self) -> None:
         """End the threads; unfinished reads are abandoned."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.close()

@@ -1,23 +1,25 @@
 """build_loader(): batches of clips, decoded ahead in the background, in a reproducible order."""
 
+import functools
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from pipelines import decoders
 from pipelines.config import AugmentConfig, LoaderConfig, SamplingConfig, TestViews
 from pipelines.datasets import Dataset
-from pipelines.decode import read_frames
-from pipelines.decoders import Decoder, DecoderPlan, choose_decoder
-from pipelines.errors import DataError, MediaError
+from pipelines.decoders import DecoderPlan, choose_decoder
+from pipelines.errors import DataError
 from pipelines.media_index import index_videos
 from pipelines.order import Split, train_positions, val_positions
 from pipelines.prefetch import Batch, Prefetcher
-from pipelines.shards import find_media_damage
+from pipelines.quarantine import Quarantine
+from pipelines.recovery import GroupDecoder, Submitted
 from pipelines.source import Sample, SampleSource
 
 __all__ = ["Batch", "Loader", "build_loader"]
@@ -38,6 +40,7 @@ def build_loader(
     device: torch.device | None = None,
     views: TestViews | None = None,
     ranges: Callable[[str], AbstractContextManager[object]] = nullcontext,
+    quarantine: Quarantine | None = None,
 ) -> "Loader":
     """Check every file of a split and build its loader.
 
@@ -54,9 +57,11 @@ def build_loader(
         device: of the clips and labels; None = CPU.
         views: "val": what is read of every video; None = the one center view.
         ranges: makes the context in which the upload to the device is launched ("upload").
+        quarantine: of the split; None = one without a file.
 
     Raises:
-        DataError: files cannot be used, are too short, or are fewer than one global batch.
+        DataError: more files cannot be used than `dataset` tolerates, files are too short, or fewer
+            than one global batch.
         ValueError: batch sizes that do not divide, or a decoder that is not installed.
     """
     if not 0 <= rank < world_size:
@@ -72,13 +77,17 @@ def build_loader(
             f"the training set has {len(videos)} videos, fewer than one global batch "
             f"({global_batch}); lower train.global_batch and train.micro_batch, or add videos."
         )
+    if quarantine is None:
+        quarantine = Quarantine(videos, split=split, max_bad_fraction=dataset.max_bad_fraction)
     infos = index_videos(
         videos,
         cache_dir=dataset.cache_dir,
         threads=loader.resolved_threads(),
         progress=rank == 0,
         frame_name=dataset.frame_name,
+        tolerated=quarantine.tolerated,
     )
+    quarantine.add_all(infos.problems.items())
     source = SampleSource(
         videos,
         infos,
@@ -88,9 +97,11 @@ def build_loader(
         seed=seed,
         num_classes=dataset.num_classes,
         views=views if split == "val" else None,
+        bad=quarantine,
     )
     return Loader(
         source,
+        quarantine=quarantine,
         split=split,
         augment=augment,
         loader=loader,
@@ -104,12 +115,17 @@ def build_loader(
 
 
 class Loader:
-    """Batches of one rank as a function of (epoch, start). Use from one thread."""
+    """Batches of one rank as a function of (epoch, start). Use from one thread.
+
+    A video that turns out to be unreadable goes into the quarantine. In training another one stands
+    in for it; in validation its batch has one sample less and names it (`Batch.missing`).
+    """
 
     def __init__(
         self,
         source: SampleSource,
         *,
+        quarantine: Quarantine,
         split: Split,
         augment: AugmentConfig,
         loader: LoaderConfig,
@@ -121,6 +137,7 @@ class Loader:
         ranges: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self._source = source
+        self.quarantine = quarantine
         self._split = split
         self._config = loader
         self._micro_batch = micro_batch
@@ -160,6 +177,11 @@ class Loader:
         return self._source.num_views
 
     @property
+    def labels(self) -> npt.NDArray[np.int32]:
+        """[videos] of the whole split, unusable ones included."""
+        return self._source.videos.labels
+
+    @property
     def batches_per_epoch(self) -> int:
         """Micro-batches of this rank in one epoch."""
         if self._split == "train":
@@ -188,9 +210,11 @@ class Loader:
             )
         self._state.stop()
         if self._state.decoder is None:
-            self._state.decoder = self._plan.build(self._backend)
+            build = functools.partial(self._plan.build, self._backend)
+            self._state.decoder = GroupDecoder(build, self.quarantine)
         length = max(1, math.ceil(self._config.prefetch / self._group))
-        run = Prefetcher(self._groups(epoch, start), self._decode, length)
+        decoder = self._state.decoder
+        run = Prefetcher(self._decode(decoder, epoch, start), length, decoder.in_flight)
         self._state.run = run
         return self._iterate(run)
 
@@ -199,59 +223,58 @@ class Loader:
         self._state.release()
 
     def samples(self, epoch: int, index: int) -> list[Sample]:
-        """What micro-batch `index` of an epoch of this rank is made of; decodes nothing."""
+        """What micro-batch `index` of an epoch of this rank is made of; decodes nothing.
+
+        Validation: without the videos in the quarantine.
+        """
+        positions = self._positions(index)
+        if self._split == "val":
+            positions = [position for position in positions if position not in self.quarantine]
+        return [self._source.sample(epoch, position) for position in positions]
+
+    def _positions(self, index: int) -> Sequence[int]:
         if self._split == "train":
-            positions = train_positions(
+            return train_positions(
                 index,
                 rank=self._rank,
                 world_size=self._world_size,
                 micro_batch=self._micro_batch,
                 global_batch=self._global_batch,
             )
-        else:
-            positions = val_positions(
-                index,
-                rank=self._rank,
-                world_size=self._world_size,
-                micro_batch=self._micro_batch,
-                num_samples=len(self._source),
-            )
-        return [self._source.sample(epoch, position) for position in positions]
+        return val_positions(
+            index,
+            rank=self._rank,
+            world_size=self._world_size,
+            micro_batch=self._micro_batch,
+            num_samples=len(self._source),
+        )
 
-    def _groups(self, epoch: int, start: int) -> Iterator[list[list[Sample]]]:
+    def _decode(self, decoder: GroupDecoder, epoch: int, start: int) -> Iterator[list[Batch]]:
+        """The batches of each group; the next group is read while a group is finished."""
+        started: tuple[range, Submitted] | None = None
         end = self.batches_per_epoch
         for first in range(start, end, self._group):
             indices = range(first, min(first + self._group, end))
-            yield [self.samples(epoch, index) for index in indices]
-
-    def _decode(self, groups: Iterator[list[list[Sample]]]) -> Iterator[list[Batch]]:
-        """The batches of each group; the next group is read while a group is finished."""
-        decoder = self._state.decoder
-        assert decoder is not None
-        started: tuple[list[list[Sample]], list[Any]] | None = None
-        for group in groups:
-            submitted = decoder.submit([sample for batch in group for sample in batch])
+            submitted = decoder.submit(functools.partial(self._group_samples, epoch, indices))
             if started is not None:
                 yield self._finish(decoder, *started)
-            started = (group, submitted)
+            started = (indices, submitted)
         if started is not None:
             yield self._finish(decoder, *started)
 
-    def _finish(
-        self, decoder: Decoder, group: list[list[Sample]], submitted: list[Any]
-    ) -> list[Batch]:
+    def _group_samples(self, epoch: int, indices: range) -> list[list[Sample]]:
+        return [self.samples(epoch, index) for index in indices]
+
+    def _finish(self, decoder: GroupDecoder, indices: range, submitted: Submitted) -> list[Batch]:
+        group, clips = decoder.finish(submitted)  # [N, crops, K * T * L, size, size, 3]
         samples = [sample for batch in group for sample in batch]
-        try:
-            clips = decoder.finish(submitted)  # [N, crops, K * T * L, size, size, 3]
-        except DataError:
-            raise
-        except RuntimeError as error:
-            raise _name_culprit(samples, error) from error
-        frames = clips.shape[2]
-        shape = (self._source.num_views, frames // self._source.num_clips, *clips.shape[3:])
-        clips = clips.reshape(-1, *shape)  # [N, crops * K, T * L, size, size, 3]
-        labels = torch.tensor([sample.label for sample in samples])
-        ids = torch.tensor([sample.sample_id for sample in samples])
+        size, frames = self._source.size, self._source.max_frames
+        if clips is None:
+            clips = torch.empty(0, 1, frames, size, size, 3, dtype=torch.uint8)
+        shape = (self._source.num_views, frames // self._source.num_clips, size, size, 3)
+        clips = clips.reshape(len(samples), *shape)  # [N, crops * K, T * L, size, size, 3]
+        labels = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
+        ids = torch.tensor([sample.sample_id for sample in samples], dtype=torch.int64)
         maps = [torch.from_numpy(s.colors) for s in samples if s.colors is not None]
         colors = torch.stack(maps) if maps else None  # [N, T * L, 3, 4]
         if self._device.type == "cuda":
@@ -259,11 +282,15 @@ class Loader:
             clips = clips if clips.is_cuda else clips.pin_memory()
             colors = colors.pin_memory() if colors is not None else None
         batches, first = [], 0
-        for batch in group:
+        for index, batch in zip(indices, group, strict=True):
             own = slice(first, first + len(batch))
             first += len(batch)
             color = colors[own].flatten(0, 1) if colors is not None else None
-            batches.append(Batch(clips[own].flatten(0, 1), labels[own], ids[own], color))
+            missing: tuple[int, ...] = ()
+            if self._split == "val":
+                present = {sample.sample_id for sample in batch}
+                missing = tuple(k for k in self._positions(index) if k not in present)
+            batches.append(Batch(clips[own].flatten(0, 1), labels[own], ids[own], color, missing))
         return batches
 
     def _iterate(self, run: Prefetcher) -> Iterator[Batch]:
@@ -276,7 +303,7 @@ class Loader:
                         colors = batch.colors
                         if colors is not None:
                             colors = colors.to(self._device, non_blocking=True)
-                    yield Batch(clips, labels, batch.sample_ids, colors)
+                    yield Batch(clips, labels, batch.sample_ids, colors, batch.missing)
         except DataError:
             self._state.release()  # a DALI pipeline is not valid after an error
             raise
@@ -284,29 +311,19 @@ class Loader:
             run.stop()
 
 
-def _name_culprit(samples: Sequence[Sample], error: RuntimeError) -> DataError:
-    """DALI fails for a whole group without naming the file: find it with PyAV or Pillow."""
-    for sample in samples:
-        try:
-            find_media_damage(sample.path, sample.info)
-            read_frames(sample)
-        except MediaError as found:
-            return found
-    paths = ", ".join(str(sample.path) for sample in samples)
-    reason = " ".join(str(error).split())[-300:]
-    return DataError(f"DALI cannot decode one of {paths}: {reason}")
-
-
 class _State:
     """What must be ended: the running epoch and the decoder."""
 
     def __init__(self) -> None:
         self.run: Prefetcher | None = None
-        self.decoder: Decoder | None = None
+        self.decoder: GroupDecoder | None = None
 
     def stop(self) -> None:
-        if self.run is not None and not self.run.stop():
+        if self.run is not None and not self.run.stop() and self.decoder is not None:
+            self.decoder.close()  # its thread hangs in it
             self.decoder = None
+        if self.decoder is not None:
+            self.decoder.forget()
         self.run = None
 
     def release(self) -> None:

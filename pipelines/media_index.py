@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from pathlib import Path
@@ -27,7 +27,7 @@ from pipelines.errors import DataError, MediaError
 from pipelines.images import find_frame_name
 from pipelines.media import MediaInfo, StreamKind
 from pipelines.packets import PacketTable, media_file
-from pipelines.shards import probe_record, shard_opener
+from pipelines.shards import Shard, probe_record, shard_opener
 
 _LOG = logging.getLogger(__name__)
 _MAGIC = b"accel media index 3\n"
@@ -52,13 +52,26 @@ when it is read."""
 
 # What is known of each path (by hash), and the time stamp that goes with it.
 _Results = dict[int, tuple[MediaInfo, int]]
+_Problems = dict[int, str]  # of a path (by hash)
+_Content = tuple[npt.NDArray[Any], list[StreamKind], _Problems]
 
 
 class MediaIndex(Sequence[MediaInfo]):
     """What is in each file of a list, in its order; tables are read from disk when asked for."""
 
-    def __init__(self, path: Path, rows: npt.NDArray[Any], kinds: Sequence[StreamKind]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        rows: npt.NDArray[Any],
+        kinds: Sequence[StreamKind],
+        problems: _Problems | None = None,
+    ) -> None:
         self.path, self._rows, self._kinds = path, rows, tuple(kinds)
+        self.problems: dict[int, str] = {}
+        """Why a video (by its place in the list) cannot be used; it has 0 frames here."""
+        if problems:
+            bad = np.flatnonzero(rows["num_frames"] == 0).tolist()
+            self.problems = {k: problems[int(rows["path"][k])] for k in bad}
         self._handle = path.open("rb")
         self._tables_at = int.from_bytes(self._handle.read(len(_MAGIC) + 8)[-8:], "little")
 
@@ -73,6 +86,8 @@ class MediaIndex(Sequence[MediaInfo]):
         if isinstance(index, slice):
             return [self[k] for k in range(*index.indices(len(self)))]
         row = self._rows[index].item()
+        if problem := self.problems.get(index):
+            raise DataError(f"video {index} cannot be used: {problem}")
         _, size_bytes, _, num_frames, width, height, kind, first_number, place, count = row
         table = None
         if count:
@@ -94,7 +109,8 @@ class MediaIndex(Sequence[MediaInfo]):
     @functools.cached_property
     def sizes(self) -> list[tuple[int, int]]:
         """The different (width, height), px."""
-        both = self._rows["width"].astype(np.int64) << 32 | self._rows["height"]
+        rows = self._usable
+        both = rows["width"].astype(np.int64) << 32 | rows["height"]
         return [(size >> 32, size & 0xFFFFFFFF) for size in np.unique(both).tolist()]
 
     @property
@@ -107,7 +123,11 @@ class MediaIndex(Sequence[MediaInfo]):
         """The different kinds, and one video of each."""
         present, first = np.unique(self._rows["kind"], return_index=True)
         pairs = zip(present.tolist(), first.tolist(), strict=True)
-        return [(self._kinds[kind], index) for kind, index in pairs]
+        return [(self._kinds[kind], index) for kind, index in pairs if kind >= 0]
+
+    @property
+    def _usable(self) -> npt.NDArray[Any]:
+        return self._rows[self._rows["num_frames"] > 0] if self.problems else self._rows
 
 
 def index_videos(
@@ -117,6 +137,7 @@ def index_videos(
     threads: int,
     progress: bool = True,
     frame_name: str = "",
+    tolerated: int = 0,
 ) -> MediaIndex:
     """The index of every video, in order; from the cache where size and time are unchanged.
 
@@ -126,6 +147,8 @@ def index_videos(
         threads: that open files.
         progress: show a bar, if stderr is a terminal.
         frame_name: names of the files in folders of frames; "" = as in the first folder.
+        tolerated: how many files may be unusable: then the index names them (`problems`). They are
+            looked at again with every call.
 
     Raises:
         MediaError: one file cannot be used.
@@ -135,8 +158,12 @@ def index_videos(
     cache_path = cache_dir / "media" / f"{name}.index"
     with locked(cache_path.with_suffix(".lock")):  # other ranks wait for the first one's work
         cached = _read(cache_path, len(videos))
-        if cached is None or (len(videos) <= _STAMPS_CHECKED and _changed(cached[0], videos)):
-            _probe_missing(videos, cached, cache_path, threads, progress, frame_name)
+        if (
+            cached is None
+            or (len(videos) <= _STAMPS_CHECKED and _changed(cached[0], videos))
+            or _repaired(cached, videos, frame_name, tolerated)
+        ):
+            _probe_missing(videos, cached, cache_path, threads, progress, frame_name, tolerated)
             cached = _read(cache_path, len(videos))
             assert cached is not None
         return MediaIndex(cache_path, *cached)
@@ -152,8 +179,18 @@ def _stamp(name: str) -> tuple[int, int]:
 
 def _changed(rows: npt.NDArray[Any], videos: VideoSet) -> bool:
     stamps = zip(rows["size_bytes"].tolist(), rows["time_ns"].tolist(), strict=True)
-    pairs = zip(videos, stamps, strict=True)
-    return any(_stamp(os.fspath(record.path)) != stamp for record, stamp in pairs)
+    pairs = zip(videos, stamps, rows["num_frames"].tolist(), strict=True)
+    return any(_stamp(os.fspath(record.path)) != stamp for record, stamp, frames in pairs if frames)
+
+
+def _repaired(cached: _Content, videos: VideoSet, frame_name: str, tolerated: int) -> bool:
+    """Whether a file that could not be used can be now, or there are too many of them."""
+    rows, kinds, problems = cached
+    bad = np.flatnonzero(rows["num_frames"] == 0).tolist()
+    frame_name = frame_name or next((kind.frame_name for kind in kinds), "")
+    open_shard = shard_opener()
+    found = (_probed(videos[k], frame_name, open_shard) for k in bad)
+    return len(problems) > tolerated or any(not isinstance(o, MediaError) for o in found)
 
 
 def _path_hash(record: VideoRecord) -> int:
@@ -164,11 +201,12 @@ def _path_hash(record: VideoRecord) -> int:
 
 def _probe_missing(
     videos: VideoSet,
-    cached: tuple[npt.NDArray[Any], list[StreamKind]] | None,
+    cached: _Content | None,
     cache_path: Path,
     threads: int,
     progress: bool,
     frame_name: str,
+    tolerated: int,
 ) -> None:
     """Write an index of all files; those known under the same size and time are not opened."""
     known = dict(_known(cache_path, cached))
@@ -183,19 +221,36 @@ def _probe_missing(
         else:
             missing[key] = record
     _LOG.info("indexing %d of %d videos", len(missing), len(videos))
-    if not frame_name and any(record.path.is_dir() for record in videos[:1]):
-        frame_name = find_frame_name(videos[0].path)
+    frame_name = frame_name or _frame_name(videos[: 1 + tolerated])
     failures = _probe_all(missing, results, threads, progress, frame_name)
     partial = cache_path.with_suffix(".partial")
-    if failures:
+    if len(failures) > tolerated:
         _write(partial, list(results), results)
-        _raise_failures(failures, len(videos))
-    _write(cache_path, [_path_hash(record) for record in videos], results)
+        _raise_failures(list(failures.values()), len(videos))
+    problems = {
+        key: f"{error.path.name}: " * (error.path != missing[key].path) + error.problem
+        for key, error in failures.items()
+    }
+    _write(cache_path, [_path_hash(record) for record in videos], results, problems)
     partial.unlink(missing_ok=True)
 
 
+def _frame_name(videos: Sequence[VideoRecord]) -> str:
+    """Names of the files in the first folder that has some; "" = these are no folders."""
+    problem: MediaError | None = None
+    for record in videos:
+        if record.path.is_dir():
+            try:
+                return find_frame_name(record.path)
+            except MediaError as error:
+                problem = problem or error
+    if problem is not None:
+        raise problem
+    return ""
+
+
 def _known(
-    cache_path: Path, cached: tuple[npt.NDArray[Any], list[StreamKind]] | None
+    cache_path: Path, cached: _Content | None
 ) -> Iterator[tuple[tuple[int, int, int], MediaInfo]]:
     """What this list's index, or an attempt at it that failed, says: (path, stamp) -> info."""
     partial = cache_path.with_suffix(".partial")
@@ -203,7 +258,7 @@ def _known(
         if content is not None:
             index = MediaIndex(path, *content)
             keys = content[0][["path", "size_bytes", "time_ns"]].tolist()
-            yield from zip(keys, index, strict=True)
+            yield from ((key, index[k]) for k, key in enumerate(keys) if k not in index.problems)
 
 
 def _probe_all(
@@ -212,27 +267,30 @@ def _probe_all(
     threads: int,
     progress: bool,
     frame_name: str,
-) -> list[MediaError]:
-    failures = []
+) -> dict[int, MediaError]:
+    failures = {}
     open_shard = shard_opener()
-
-    def attempt(record: VideoRecord) -> tuple[MediaInfo, int] | MediaError:
-        time_ns = _stamp(os.fspath(record.path))[1]  # before the file is read: later ones are seen
-        try:
-            return probe_record(record, frame_name, open_shard), time_ns
-        except MediaError as error:
-            return error
-
     hidden = not progress or not sys.stderr.isatty()
     with ThreadPoolExecutor(threads, thread_name_prefix="accel-index") as pool:
-        outcomes = pool.map(attempt, missing.values())
+        outcomes = pool.map(lambda record: _probed(record, frame_name, open_shard), missing.values())
         bar = tqdm(outcomes, total=len(missing), desc="indexing", unit="file", disable=hidden)
         for key, outcome in zip(missing, bar, strict=True):
             if isinstance(outcome, MediaError):
-                failures.append(outcome)
+                failures[key] = outcome
             else:
                 results[key] = outcome
     return failures
+
+
+def _probed(
+    record: VideoRecord, frame_name: str, open_shard: Callable[[Path], Shard]
+) -> tuple[MediaInfo, int] | MediaError:
+    """What is in a file, and its time stamp."""
+    time_ns = _stamp(os.fspath(record.path))[1]  # before the file is read: later ones are seen
+    try:
+        return probe_record(record, frame_name, open_shard), time_ns
+    except MediaError as error:
+        return error
 
 
 def _raise_failures(failures: list[MediaError], total: int) -> None:
@@ -244,14 +302,20 @@ def _raise_failures(failures: list[MediaError], total: int) -> None:
         raise DataError(f"{len(failures)} of {total} videos cannot be used: {named}{more}")
 
 
-def _write(path: Path, keys: Sequence[int], results: _Results) -> None:
-    """Magic, place of the tables (8 bytes), kinds as JSON, rows, tables."""
+def _write(
+    path: Path, keys: Sequence[int], results: _Results, problems: _Problems | None = None
+) -> None:
+    """Magic, place of the tables (8 bytes), kinds and problems as JSON, rows, tables."""
+    problems = problems or {}
     rows = np.zeros(len(keys), _ROW)
     kinds: dict[StreamKind, int] = {}
     tables: list[bytes] = []
     place = 0
     written: dict[int, Any] = {}
     for number, key in enumerate(keys):
+        if key in problems:
+            rows[number] = (key, -1, -1, 0, 0, 0, -1, 0, 0, 0)
+            continue
         if key not in written:
             info, time_ns = results[key]
             packed = info.packets.pack() if info.packets else b""
@@ -265,16 +329,15 @@ def _write(path: Path, keys: Sequence[int], results: _Results) -> None:
         "rows": len(rows),
         "checksum": zlib.crc32(rows.tobytes()),
         "kinds": [astuple(k) for k in kinds],
+        "problems": {str(key): problem for key, problem in problems.items()},
     }
     head = json.dumps(head_facts).encode() + b"\n"
     tables_at = len(_MAGIC) + 8 + len(head) + rows.nbytes
     replace_bytes(path, [_MAGIC, tables_at.to_bytes(8, "little"), head, rows.tobytes(), *tables])
 
 
-def _read(
-    path: Path, num_rows: int | None = None
-) -> tuple[npt.NDArray[Any], list[StreamKind]] | None:
-    """The rows and kinds of an index file; None = there is none that can be used."""
+def _read(path: Path, num_rows: int | None = None) -> _Content | None:
+    """The content of an index file; None = there is none that can be used."""
     try:
         with path.open("rb") as handle:
             if handle.readline() != _MAGIC:
@@ -283,13 +346,14 @@ def _read(
             facts = json.loads(handle.readline())
             rows = np.frombuffer(handle.read(facts["rows"] * _ROW.itemsize), _ROW)
             kinds = [StreamKind(*fields) for fields in facts["kinds"]]
+            problems = {int(key): text for key, text in facts.get("problems", {}).items()}
             end = tables_at + int((rows["table_at"] + rows["table_bytes"]).max(initial=0))
             whole = handle.tell() == tables_at and os.fstat(handle.fileno()).st_size == end
         if not whole or zlib.crc32(rows.tobytes()) != facts["checksum"] or len(rows) == 0:
             raise ValueError("cut off or damaged")
         if num_rows not in (None, len(rows)):
             raise ValueError(f"expected {num_rows} rows, got {len(rows)}")
-        return rows, kinds
+        return rows, kinds, problems
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -21,6 +21,7 @@ class Purpose(IntEnum):
     VIEW = 3
     COLOR = 4
     TEST_FRAMES = 5
+    REPLACEMENT = 6
 
 
 def generator(

@@ -35,45 +35,42 @@ class Batch:
     """[N * V * T * L, 3, 4] float32 on the loader's device: the map of each frame's colors that the
     normalization has to include (`pipelines.color`); None = none."""
 
+    missing: tuple[int, ...] = ()
+    """Validation: ids of the videos of this batch that cannot be read; N does not count them. Every
+    one is a wrong answer of the evaluation."""
+
 
 class Prefetcher:
-    """One epoch: a thread that decodes group after group into a bounded queue."""
+    """One epoch: a thread that decodes group after group into a bounded queue.
+
+    Args:
+        groups: decodes as it is advanced.
+        length: of the queue.
+        in_flight: what is being decoded at the moment, for the message of a timeout.
+    """
 
     def __init__(
         self,
-        groups: Iterator[list[list[Sample]]],
-        decode: Callable[[Iterator[list[list[Sample]]]], Iterator[list[Batch]]],
+        groups: Iterator[list[Batch]],
         length: int,
+        in_flight: Callable[[], list[Sample]],
     ) -> None:
         self._queue: queue.Queue[list[Batch] | BaseException | None] = queue.Queue(length)
         self._stop = threading.Event()
-        self._in_flight: list[Sample] = []
+        self._in_flight = in_flight
         self._thread = threading.Thread(
-            target=self._produce, args=(groups, decode), name="accel-loader", daemon=True
+            target=self._produce, args=(groups,), name="accel-loader", daemon=True
         )
         self._thread.start()
 
-    def _produce(
-        self,
-        groups: Iterator[list[list[Sample]]],
-        decode: Callable[[Iterator[list[list[Sample]]]], Iterator[list[Batch]]],
-    ) -> None:
+    def _produce(self, groups: Iterator[list[Batch]]) -> None:
         try:
-            for batches in decode(self._watched(groups)):
+            for batches in groups:
                 if not self._put(batches):
                     return
             self._put(None)
         except BaseException as error:  # re-raised by the consumer
             self._put(error)
-
-    def _watched(self, groups: Iterator[list[list[Sample]]]) -> Iterator[list[list[Sample]]]:
-        """The groups; what is asked for last and the one before are being decoded."""
-        before: list[Sample] = []
-        for group in groups:
-            samples = [sample for batch in group for sample in batch]
-            self._in_flight = before + samples
-            before = samples
-            yield group
 
     def _put(self, item: list[Batch] | BaseException | None) -> bool:
         """Wait for room; False = stopped."""
@@ -101,7 +98,7 @@ class Prefetcher:
         return None
 
     def _timeout_message(self, timeout_s: float) -> str:
-        named = ", ".join(f"{sample.sample_id} ({sample.path})" for sample in self._in_flight)
+        named = ", ".join(f"{sample.sample_id} ({sample.path})" for sample in self._in_flight())
         return (
             f"no batch within loader.timeout_s = {timeout_s:g} s; decoding samples {named}. "
             "Check the storage, or raise --loader.timeout_s."

@@ -1,6 +1,7 @@
 """SampleSource: what to read for a place in an epoch, and every random draw; stateless."""
 
 import functools
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from pipelines.annotations import VideoSet
 from pipelines.clips import ClipSampler
 from pipelines.color import draw_jitter
 from pipelines.config import AugmentConfig, SamplingConfig, TestViews, label_pairs
-from pipelines.errors import DataError
+from pipelines.errors import DataError, MediaError
 from pipelines.geometry import (
     NumCrops,
     View,
@@ -23,6 +24,8 @@ from pipelines.geometry import (
 from pipelines.media import MediaInfo
 from pipelines.media_index import MediaIndex
 from pipelines.order import Purpose, Split, epoch_order, generator
+
+_MOST_DRAWS = 10_000  # of a replacement
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class SampleSource:
         seed: int,
         num_classes: int,
         views: TestViews | None = None,
+        bad: Container[int] = (),
     ) -> None:
         self.videos = videos
         self.infos = infos
@@ -93,6 +97,8 @@ class SampleSource:
         if views is not None:
             self.size = views.size or augment.size
             self.num_clips, self._num_crops = views.num_clips, views.num_crops
+        self.bad = bad
+        """Ids of videos that cannot be used; the answer may change as more are found."""
         self._training = split == "train"
         self._clips = ClipSampler(sampling, num_clips=self.num_clips, seed=seed)
         self._augment = augment
@@ -113,22 +119,43 @@ class SampleSource:
         return len(self.videos)
 
     def sample(self, epoch: int, position: int) -> Sample:
-        """The sample at a position of the epoch's order; validation keeps the list's order."""
-        sample_id = int(self._order(epoch)[position]) if self._training else position
+        """The sample at a position of the epoch's order; validation keeps the list's order.
+
+        In training another video stands in for a bad one (`_replacement`).
+        """
+        drawn_id = int(self._order(epoch)[position]) if self._training else position
+        sample_id = self._replacement(epoch, drawn_id) if self._training else position
         record, info = self.videos[sample_id], self.infos[sample_id]
         if not self._training:
             clips = self._clips.test(info.num_frames, sample_id)  # [K, T * L]
             views = self._test_views(info)
             return Sample(sample_id, record.path, clips.reshape(-1), views, record.label, info)
-        frames_rng = generator(self._seed, Purpose.FRAMES, epoch, sample_id)
+        frames_rng = generator(self._seed, Purpose.FRAMES, epoch, drawn_id)
         indices = self._clips.train(info.num_frames, frames_rng)
-        view = self._train_view(info, generator(self._seed, Purpose.VIEW, epoch, sample_id))
+        view = self._train_view(info, generator(self._seed, Purpose.VIEW, epoch, drawn_id))
         label = self._flipped_label.get(record.label, record.label) if view.flip else record.label
         colors = None
         if self._augment.color_jitter != "none":
-            rng = generator(self._seed, Purpose.COLOR, epoch, sample_id)
+            rng = generator(self._seed, Purpose.COLOR, epoch, drawn_id)
             colors = draw_jitter(len(indices), rng)
         return Sample(sample_id, record.path, indices, (view,), label, info, colors)
+
+    def _replacement(self, epoch: int, sample_id: int) -> int:
+        """The video itself, or the first good one of a random sequence that is its own.
+
+        Depends on (seed, epoch, sample id) and on which files are bad, not on when or by whom that
+        was found. Its clip is drawn with the numbers of the bad one, so it is not the clip that the
+        video has at its own place in the epoch.
+        """
+        if sample_id not in self.bad:
+            return sample_id
+        rng = generator(self._seed, Purpose.REPLACEMENT, epoch, sample_id)
+        for _ in range(_MOST_DRAWS):
+            candidate = int(rng.integers(len(self.videos)))
+            if candidate not in self.bad:
+                return candidate
+        path = self.videos[sample_id].path
+        raise MediaError(path, "cannot be used, and hardly any video of its set can.")
 
     @property
     def max_frames(self) -> int:
@@ -200,7 +227,7 @@ def _refuse_short_videos(
         what, remedy = f"a snippet = {needed}", "or choose another sampling.kind"
     short = [
         f"{videos[index].path} ({infos.num_frames[index]})"
-        for index in np.flatnonzero(infos.num_frames < needed).tolist()
+        for index in np.flatnonzero((infos.num_frames < needed) & (infos.num_frames > 0)).tolist()
     ]
     if short:
         raise DataError(

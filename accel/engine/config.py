@@ -52,6 +52,7 @@ HARMLESS_KEYS = frozenset(
     {
         "data.root",
         "data.cache_dir",
+        "data.max_bad_fraction",
         "train.max_steps",
         "train.checkpoint_activations",
         "run.device",

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,7 @@ from pipelines.config import TestViews, label_pairs
 from pipelines.datasets import Dataset, open_dataset
 from pipelines.loader import Loader, build_loader
 from pipelines.order import Split
+from pipelines.quarantine import Quarantine
 
 
 def open_shared_dataset(recipe: Recipe, world: World) -> Dataset:
@@ -43,16 +45,18 @@ def open_loader(
     device: torch.device,
     ranges: Ranges,
     views: TestViews | None = None,
+    quarantine: Path | None = None,
 ) -> Loader:
     """The loader of a split as the recipe says; in training, flips are checked by class names.
 
     Args:
         micro_batch: videos per batch of this process.
         views: of every video of "val"; None = the one center view.
+        quarantine: file of the run that lists unusable videos; None = no file.
 
     Raises:
         ConfigError: settings that do not fit each other.
-        pipelines.errors.DataError: unusable videos, all named.
+        pipelines.errors.DataError: more unusable videos than are tolerated.
     """
     if split == "train" and recipe.published.run:
         check_flipped_names(dataset.class_names, recipe.augment.flip_label_pairs)
@@ -71,6 +75,12 @@ def open_loader(
             device=device,
             ranges=ranges,
             views=views,
+            quarantine=Quarantine(
+                dataset.train if split == "train" else dataset.val,
+                split=split,
+                max_bad_fraction=recipe.data.max_bad_fraction,
+                path=quarantine,
+            ),
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

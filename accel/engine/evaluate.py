@@ -88,6 +88,8 @@ def evaluate(
 ) -> Scores:
     """Metrics of `model` over all clips of `loader`, summed over ranks as integers.
 
+    A video that cannot be read counts as wrong.
+
     Args:
         model: the bare network (not a DDP wrapper); left in train mode if it was.
         poll: called after every batch; may raise to end the evaluation early (a stop request).
@@ -95,15 +97,18 @@ def evaluate(
     # Each rank keeps its own batch-norm statistics while training; rank 0's are the saved ones.
     world.broadcast_(list(model.buffers()))
     meter = ClassificationMeter(num_classes, precision.device)
+    all_labels = loader.labels
     was_training = model.training
     model.eval()
     try:
         with ranges("evaluation"):
             for batch in loader.epoch(0):
-                frames = precision.network_input(batch.clips)
-                with precision.autocast():
-                    logits = model(frames)
-                meter.update(logits, batch.labels)
+                meter.miss([int(all_labels[sample_id]) for sample_id in batch.missing])
+                if len(batch.sample_ids):
+                    frames = precision.network_input(batch.clips)
+                    with precision.autocast():
+                        logits = model(frames)
+                    meter.update(logits, batch.labels)
                 poll()
     finally:
         model.train(was_training)
@@ -135,12 +140,18 @@ def evaluate_views(
         chunk: views per forward.
 
     Returns:
-        [num_videos, num_classes] float64 on the CPU, on every process.
+        [num_videos, num_classes] float64 on the CPU, on every process; not-a-number where a video
+        cannot be read.
     """
     scores = torch.zeros(num_videos, num_classes, dtype=torch.float64, device=precision.device)
     seen = torch.zeros(num_videos, dtype=torch.int64, device=precision.device)
     with ranges("evaluation"):
         for batch in loader.epoch(0):
+            missing = torch.tensor(batch.missing, dtype=torch.int64, device=scores.device)
+            scores[missing] = float("nan")
+            seen[missing] += 1
+            if not len(batch.sample_ids):
+                continue
             logits = []
             for clips in torch.split(batch.clips, chunk):
                 frames = precision.network_input(clips)

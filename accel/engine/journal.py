@@ -40,7 +40,8 @@ class LogConfig:
 
 
 class Journal:
-    """`metrics.jsonl`: a line per optimizer step; others are marked `"event": "eval"` or "gpu"."""
+    """`metrics.jsonl`: a line per optimizer step; the others have an `"event"`: "eval", "gpu" or
+    "unusable"."""
 
     def __init__(self, path: Path, tensorboard: Path | None = None, *, purge_step: int = 0) -> None:
         self._file = open(path, "ab", buffering=0)
@@ -58,6 +59,10 @@ class Journal:
     def gpu(self, **values: Any) -> None:
         """Record means of what the GPU reported; `iteration` is the number of steps done."""
         self._write({"event": "gpu", **values}, prefix="gpu")
+
+    def unusable(self, *, iteration: int, **video: Any) -> None:
+        """Record a video that is left out from now on; `iteration` is the number of steps done."""
+        self._write({"event": "unusable", "iteration": iteration, **video}, prefix="data")
 
     def close(self) -> None:
         """Flush and close."""
@@ -106,7 +111,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 
 
 def rewind_journal(path: Path, iteration: int, evaluated: int) -> None:
-    """Drop the lines that a resumed run will write again.
+    """Drop the lines that a resumed run will write again; those of unusable videos stay.
 
     Args:
         iteration: optimizer steps done in the checkpoint.
@@ -115,7 +120,8 @@ def rewind_journal(path: Path, iteration: int, evaluated: int) -> None:
     kept = [
         row
         for row in read_journal(path)
-        if (
+        if row.get("event") == "unusable"
+        or (
             row["iteration"] <= evaluated
             if row.get("event") == "eval"
             else row["iteration"] < iteration

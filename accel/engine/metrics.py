@@ -1,5 +1,6 @@
 """Exact classification metrics (integer counts on the device, ratios at the end), view averages."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -38,15 +39,18 @@ def combine_scores(scores: Sequence[Tensor], weights: Sequence[float]) -> Tensor
     return total
 
 
-def mean_class_accuracy(confusion: Tensor, *, absent: Literal["zero", "nan"] = "zero") -> float:
+def mean_class_accuracy(
+    confusion: Tensor, missing: Tensor | None = None, *, absent: Literal["zero", "nan"] = "zero"
+) -> float:
     """Mean of hits / count over the classes that occur in truth or prediction.
 
     Args:
         confusion: [K, K] integers, rows = truth, columns = prediction; on the CPU.
+        missing: [K] clips of each class without a prediction: no hits; None = none.
         absent: share of a class that is predicted but never true: 0 (mmaction, AMS-Net) or
             not-a-number, then so is the mean (the test scripts of TAM and MAS-Net).
     """
-    truth = confusion.sum(dim=1)  # [K]
+    truth = confusion.sum(dim=1) + (missing if missing is not None else 0)  # [K]
     occurs = (truth + confusion.sum(dim=0)) > 0
     counts = truth[occurs].double()
     if absent == "zero":
@@ -69,6 +73,8 @@ class Scores:
     """Mean cross-entropy, nats."""
     num_clips: int
     """Clips counted."""
+    num_missing: int = 0
+    """Of these, clips that could not be read: wrong answers, without a part in the loss."""
 
     @property
     def rating(self) -> float:
@@ -78,7 +84,11 @@ class Scores:
     @property
     def text(self) -> str:
         """For the log."""
-        return f"val top-1 {self.top1:.4f}, loss {self.loss:.4f}"
+        text = f"val top-1 {self.top1:.4f}, loss {self.loss:.4f}"
+        if self.num_missing:
+            unread = f"{self.num_missing} of {self.num_clips} videos cannot be read"
+            text += f" ({unread} and count as wrong)"
+        return text
 
 
 class ClassificationMeter:
@@ -88,6 +98,12 @@ class ClassificationMeter:
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
         self._top5 = torch.zeros((), dtype=torch.int64, device=device)
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.missing = torch.zeros(num_classes, dtype=torch.int64, device=device)
+
+    def miss(self, labels: Sequence[int]) -> None:
+        """Count clips of these labels that could not be read: wrong, whatever the network is."""
+        for label in labels:
+            self.missing[label] += 1
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Count one batch.
@@ -108,18 +124,20 @@ class ClassificationMeter:
 
     def tensors(self) -> list[Tensor]:
         """The sums, for an all-reduce over ranks."""
-        return [self.confusion, self._top5, self._loss]
+        return [self.confusion, self._top5, self._loss, self.missing]
 
     def compute(self) -> Scores:
         """The metrics of everything counted so far (at least one clip)."""
-        confusion = self.confusion.cpu()
-        count = int(confusion.sum())
+        confusion, missing = self.confusion.cpu(), self.missing.cpu()
+        read, num_missing = int(confusion.sum()), int(missing.sum())
+        count = read + num_missing
         if count == 0:
             raise ValueError("ClassificationMeter.compute: no clips were counted.")
         return Scores(
             top1=int(confusion.diagonal().sum()) / count,
             top5=int(self._top5) / count,
-            mean_class=mean_class_accuracy(confusion),
-            loss=float(self._loss) / count,
+            mean_class=mean_class_accuracy(confusion, missing),
+            loss=float(self._loss) / read if read else math.nan,
             num_clips=count,
+            num_missing=num_missing,
         )

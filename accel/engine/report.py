@@ -24,6 +24,12 @@ def summary_text(summary: dict[str, Any], run_folder: Path) -> str:
         f"chance {1 / summary['num_classes']:.3f})",
         f"  {summary['clips_per_s']:.1f} clips/s, data wait {100 * summary['data_wait']:.1f} %",
     ]
+    if unusable := summary.get("unusable"):
+        named = "; ".join(f"{video['path']}: {video['reason']}" for video in unusable[:3])
+        more = "; ..." if len(unusable) > 3 else ""
+        lines.append(f"  {len(unusable)} videos left out (quarantine.csv): {named}{more}")
+    if missing := summary.get("val_num_missing"):
+        lines.append(f"  {missing} validation videos cannot be read and count as wrong")
     if gpu := summary.get("gpu"):
         lines.append(
             "  " + ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in gpu.items())

@@ -94,6 +94,11 @@ class RunFolder:
         return self.path / "curves.png"
 
     @property
+    def quarantine(self) -> Path:
+        """The videos of both splits that could not be used, and why."""
+        return self.path / "quarantine.csv"
+
+    @property
     def log(self) -> Path:
         """The messages of all processes that worked here."""
         return self.path / "log.txt"

@@ -41,7 +41,7 @@ class StoredScores:
     """Scores of all videos of a list."""
 
     values: Tensor
-    """[N, K] float64, averaged over the views."""
+    """[N, K] float64, averaged over the views; not-a-number: the video could not be read."""
     labels: Tensor
     """[N] int64."""
     facts: ScoreFacts
@@ -68,19 +68,22 @@ class StoredScores:
 
     def metrics(self) -> dict[str, Any]:
         """`top1`, `top5`, `mean_class` (0..1; a class that is predicted but never true counts 0),
-        `mean_class_strict` (such a class makes it None: the test scripts of TAM and MAS-Net) and
-        `num_videos`.
+        `mean_class_strict` (such a class makes it None: the test scripts of TAM and MAS-Net),
+        `num_videos`, and how many of these have no scores and count as wrong (`num_missing`).
         """
         meter = ClassificationMeter(self.values.shape[1], torch.device("cpu"))
-        meter.update(self.values, self.labels)
+        read = ~self.values.isnan().any(dim=1)
+        meter.update(self.values[read], self.labels[read])
+        meter.miss(self.labels[~read].tolist())
         counted = meter.compute()
-        strict = mean_class_accuracy(meter.confusion, absent="nan")
+        strict = mean_class_accuracy(meter.confusion, meter.missing, absent="nan")
         return {
             "top1": counted.top1,
             "top5": counted.top5,
             "mean_class": counted.mean_class,
             "mean_class_strict": None if math.isnan(strict) else strict,
             "num_videos": counted.num_clips,
+            "num_missing": counted.num_missing,
         }
 
 

@@ -128,7 +128,7 @@ def evaluate_protocols(
     for name, wanted in views.items():
         start = time.perf_counter()
         try:
-            values, loader = _score(model, recipe, dataset, wanted, device, world)
+            values, loader, unusable = _score(model, recipe, dataset, wanted, device, world)
         except RuntimeError as error:
             if lost := world.explain(error):
                 raise lost from error
@@ -150,6 +150,7 @@ def evaluate_protocols(
             "crop_size": wanted.size,
             "checkpoint": str(target.weights),
             "loader": loader,
+            "unusable": unusable,
             "wall_s": round(time.perf_counter() - start, 3),
         }
         if world.is_main:
@@ -167,8 +168,8 @@ def _score(
     views: TestViews,
     device: torch.device,
     world: World,
-) -> tuple[Tensor, str]:
-    """Scores of all validation videos, [N, K], and who decoded them."""
+) -> tuple[Tensor, str, list[dict[str, Any]]]:
+    """Scores of all validation videos, [N, K], who decoded them, and which could not be read."""
     precision = Precision(
         recipe.precision,
         device,
@@ -202,7 +203,10 @@ def _score(
         )
     finally:
         loader.close()
-    return values, loader.description
+    quarantine = loader.quarantine
+    missing = values.isnan().any(dim=1).nonzero().flatten().tolist()
+    quarantine.add_all((k, "could not be read by another process") for k in missing)
+    return values, loader.description, quarantine.summary()
 
 
 def _load_model(target: Target, dataset: Dataset) -> ClipNetwork:

@@ -44,6 +44,7 @@ from pipelines.datasets import Dataset
 from pipelines.errors import DataError
 from pipelines.loader import Batch, Loader
 from pipelines.order import Split
+from pipelines.quarantine import Quarantine
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ class Trainer:
         self.accumulation = self._accumulation()
         self.graphs = open_graphs(recipe, self.device, self.world, self.accumulation)
         self._loaders: list[Loader] = []
+        self._quarantines: list[Quarantine] = []
         if self.world.is_main:
             self.folder.acquire()
         try:
@@ -225,6 +227,16 @@ class Trainer:
         )
         if journal is not None and (sample := self.gpu.take()):
             journal.gpu(iteration=self.counters.iteration, **sample)
+        self._note_unusable(journal)
+
+    def _note_unusable(self, journal: Journal | None) -> None:
+        """Write down the videos that have been found to be unusable since the last call."""
+        if journal is None:
+            return
+        for quarantine in self._quarantines:
+            for video in quarantine.take_new():
+                if (video.split, video.sample_id) not in self._noted:
+                    journal.unusable(iteration=self.counters.iteration, **vars(video))
 
     def _evaluation_due(self) -> bool:
         iteration, per_epoch = self.counters.iteration, self.train_loader.steps_per_epoch
@@ -252,6 +264,9 @@ class Trainer:
                 wall_s=round(self.counters.wall_s, 3),
             )
             logger.info("step %d: %s", done, self.scores.text)
+        for quarantine in self._quarantines:
+            quarantine.refresh()  # what the other ranks have found
+        self._note_unusable(journal)
         best = self.scores.rating > self.best_top1
         self.best_top1 = max(self.best_top1, self.scores.rating)
         return best
@@ -318,6 +333,7 @@ class Trainer:
             "best_checkpoint": str(best) if best else None,
             f"best_val_{self.rating_name}": self.best_top1,
             "loader": self.train_loader.description,
+            "unusable": [video for each in self._quarantines for video in each.summary()],
             "gpu": self.gpu.summary(),
             "recipe_sha256": configs.fingerprint(self.recipe),
         }
@@ -417,8 +433,10 @@ class Trainer:
             world=self.world,
             device=self.device,
             ranges=self.ranges,
+            quarantine=self.folder.quarantine,
         )
         self._loaders.append(loader)
+        self._quarantines.append(loader.quarantine)
         return loader
 
     def _open_folder(self) -> Journal:
@@ -428,6 +446,9 @@ class Trainer:
         self.folder.write_json("environment.json", environment(self.device))
         self.folder.summary.unlink(missing_ok=True)
         rewind_journal(self.folder.journal, self.counters.iteration, self.counters.evaluated)
+        rows = read_journal(self.folder.journal)
+        known = [row for row in rows if row.get("event") == "unusable"]
+        self._noted = {(row["split"], row["sample_id"]) for row in known}
         return Journal(
             self.folder.journal,
             self.folder.path / "tensorboard" if self.recipe.log.tensorboard else None,

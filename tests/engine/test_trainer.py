@@ -224,7 +224,8 @@ def test_a_file_lost_during_the_run_saves_what_was_reached(
 ):
     root = tmp_path / "copy"
     shutil.copytree(tiny_root, root)
-    trainer = Trainer(load_recipe(tiny_recipe, {"data.root": str(root)}), tmp_path / "run")
+    changes = {"data.root": str(root), "data.max_bad_fraction": "0"}
+    trainer = Trainer(load_recipe(tiny_recipe, changes), tmp_path / "run")
     victim = trainer.train_loader.samples(1, 4)[0].path
     content = victim.read_bytes()
     victim.write_bytes(b"")
@@ -235,7 +236,7 @@ def test_a_file_lost_during_the_run_saves_what_was_reached(
         trainer.close()
     assert CheckpointStore(tmp_path / "run" / "checkpoints").entries()
     victim.write_bytes(content)
-    _fit(tiny_recipe, tmp_path / "run", {"data.root": str(root)})
+    _fit(tiny_recipe, tmp_path / "run", changes)
     assert steps_of(tmp_path / "run") == steps_of(undisturbed[0])
 
 

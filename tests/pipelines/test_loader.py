@@ -55,7 +55,7 @@ def open_loader(dataset: Dataset, split: str = "train", **changes: Any) -> Loade
 
 def same(a: Batch, b: Batch) -> bool:
     pairs = [(getattr(a, name), getattr(b, name)) for name in vars(a)]
-    return all(x is y if x is None or y is None else torch.equal(x, y) for x, y in pairs)
+    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
 
 
 @pytest.fixture

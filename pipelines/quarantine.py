@@ -1,0 +1,213 @@
+"""Videos that cannot be used: which and why, in a file that all processes of a run share."""
+
+import csv
+import io
+import logging
+import threading
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from pipelines.annotations import VideoSet
+from pipelines.cache import locked, replace_bytes
+from pipelines.errors import DataError, MediaError
+from pipelines.order import Split
+
+_LOG = logging.getLogger(__name__)
+_TOLERATED = 10  # videos, in sets of which they are no more than a tenth
+_TITLES: dict[str, str] = {"train": "training", "val": "validation"}
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """One video that is left out."""
+
+    split: str
+    sample_id: int
+    """Index into the records of the split."""
+
+    path: str
+    """As listed."""
+
+    reason: str
+
+
+_HEADER = [field.name for field in fields(Unusable)]
+
+
+def tolerated(num_videos: int, fraction: float) -> int:
+    """How many videos of a set may be unusable.
+
+    Args:
+        num_videos: in the set.
+        fraction: of the set, 0..1. Ten videos are tolerated too where they are no more than a
+            tenth of the set; 0 = none at all.
+    """
+    return max(int(fraction * num_videos), min(_TOLERATED, num_videos // 10)) if fraction else 0
+
+
+class Quarantine:
+    """The videos of a split that were found to be unusable; what is in it stays in it.
+
+    Args:
+        videos: of the split.
+        split: "train" or "val".
+        max_bad_fraction: see `tolerated`.
+        path: CSV file (split, sample_id, path, reason) of the run, for both splits; read now, and
+            replaced with every new entry. None = no file.
+
+    Raises:
+        DataError: more videos are listed than tolerated, or the file is of other videos.
+    """
+
+    def __init__(
+        self,
+        videos: VideoSet,
+        *,
+        split: Split,
+        max_bad_fraction: float = 0.0,
+        path: Path | None = None,
+    ) -> None:
+        self.path = path
+        self._videos = videos
+        self._split = split
+        self._tolerated = tolerated(len(videos), max_bad_fraction)
+        self._entries: dict[int, Unusable] = {}
+        self._new: list[Unusable] = []
+        self._lock = threading.Lock()
+        self.refresh()
+
+    def __contains__(self, sample_id: object) -> bool:
+        return sample_id in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def tolerated(self) -> int:
+        """How many videos may be unusable."""
+        return self._tolerated
+
+    @property
+    def entries(self) -> list[Unusable]:
+        """By sample id."""
+        with self._lock:
+            return [self._entries[sample_id] for sample_id in sorted(self._entries)]
+
+    def add(self, sample_id: int, reason: str) -> None:
+        """Leave a video out from now on.
+
+        Raises:
+            DataError: that would be more than tolerated (MediaError if it is the only one); nothing
+                has changed, so a run continues once the file is repaired.
+        """
+        self.add_all([(sample_id, reason)])
+
+    def add_all(self, found: Iterable[tuple[int, str]]) -> None:
+        """`add` several, with one change of the file."""
+        entries = [
+            Unusable(self._split, sample_id, self._videos[sample_id].name, _one_line(reason))
+            for sample_id, reason in found
+            if sample_id not in self._entries
+        ]
+        if not entries:
+            return
+        self._check(entries)
+        self._keep(entries)
+        for entry in entries[:3]:
+            text = "%s video %d (%s) is left out: %s"
+            _LOG.warning(text, _TITLES[self._split], entry.sample_id, entry.path, entry.reason)
+        if len(entries) > 3:
+            _LOG.warning("and %d more", len(entries) - 3)
+        if self.path is not None:
+            with locked(self.path.with_name(f".{self.path.name}.lock")):
+                stored = {(e.split, e.sample_id): e for e in _read(self.path)}
+                stored |= {(e.split, e.sample_id): e for e in entries}
+                _write(self.path, [stored[key] for key in sorted(stored)])
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Take over what other processes have found.
+
+        Raises:
+            DataError: see `Quarantine`.
+        """
+        if self.path is None:
+            return
+        entries = [entry for entry in _read(self.path) if entry.split == self._split]
+        for entry in entries:
+            known = entry.sample_id < len(self._videos)
+            if not known or self._videos[entry.sample_id].name != entry.path:
+                raise DataError(
+                    f"{self.path}: video {entry.sample_id} is {entry.path}, which the list does "
+                    "not have there; choose another --out, or delete the file."
+                )
+        self._check(entries)
+        self._keep(entries)
+
+    def take_new(self) -> list[Unusable]:
+        """The entries since the last call."""
+        with self._lock:
+            new, self._new = self._new, []
+        return new
+
+    def summary(self) -> list[dict[str, Any]]:
+        """The entries as plain data, for reports."""
+        return [vars(entry) for entry in self.entries]
+
+    def _keep(self, entries: list[Unusable]) -> None:
+        with self._lock:
+            new = [entry for entry in entries if entry.sample_id not in self._entries]
+            # Replaced, never changed: other threads ask it meanwhile.
+            self._entries = self._entries | {entry.sample_id: entry for entry in new}
+            self._new += new
+
+    def _check(self, found: list[Unusable]) -> None:
+        """Refuse entries that would be too many."""
+        new = [entry for entry in found if entry.sample_id not in self._entries]
+        entries = new + self.entries
+        if not new or len(entries) <= self._tolerated:
+            return
+        paths = [self._videos[entry.sample_id].path for entry in entries[:3]]
+        if len(entries) == 1:
+            raise MediaError(paths[0], entries[0].reason)
+        named = " | ".join(f"{p}: {e.reason}" for p, e in zip(paths, entries, strict=False))
+        more = " | ..." if len(entries) > 3 else ""
+        where = f"; the others: {self.path}" if self.path and len(entries) > 3 else ""
+        raise DataError(
+            f"{len(entries)} of {len(self._videos)} {_TITLES[self._split]} videos cannot be used, "
+            f"{self._tolerated} are tolerated (data.max_bad_fraction): {named}{more}{where}"
+        )
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:500]
+
+
+def _read(path: Path) -> list[Unusable]:
+    try:
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    rows = list(csv.reader(io.StringIO(text, newline="")))
+    try:
+        if rows[0] != _HEADER:
+            raise ValueError("another header")
+        return [Unusable(row[0], int(row[1]), row[2], row[3]) for row in rows[1:]]
+    except (ValueError, IndexError) as error:
+        problem = f"expected the columns {','.join(_HEADER)} ({error}); repair or delete the file."
+        raise DataError(f"{path}: {problem}") from error
+
+
+def _write(path: Path, entries: list[Unusable]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_HEADER)
+    writer.writerows(astuple(entry) for entry in entries)
+    try:
+        replace_bytes(path, [text.getvalue().encode("utf-8", "surrogateescape")])
+    except OSError as error:
+        _LOG.error("%s cannot be written (%s); the videos are left out all the same", path, error)
