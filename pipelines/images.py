@@ -17,6 +17,11 @@ from pipelines.packets import read_packets
 _NUMBERED = re.compile(r"(.*?)([0-9]+)(\.(?:jpe?g|png))", re.IGNORECASE)
 _HEAD_BYTES = 65_536  # a JPEG may begin with a preview image
 _READ_BYTES = 65_536  # more than most frames have
+# What an image ends with, and where it is looked for: some writers append notes. One without is
+# decoded here first, since DALI (2.4) may end the process when an image fails: it goes on decoding
+# others on its threads with what the failed call has freed.
+_END = {"jpeg": b"\xff\xd9", "png": b"IEND"}
+_TAIL_BYTES = 4096
 
 
 def find_frame_name(folder: Path) -> str:
@@ -116,11 +121,25 @@ def read_encoded(folder: Path, info: MediaInfo, frames: Sequence[int]) -> list[b
     else:
         contents = [_content(path) for path in paths]
     for path, content in zip(paths, contents, strict=True):
-        _, width, height = image_header(path, content)
+        codec, width, height = image_header(path, content)
+        if _END[codec] not in content[-_TAIL_BYTES:]:
+            _decoded(path, content)
         if (width, height) != (info.width, info.height):
             wanted = f"{info.width} x {info.height} px as in the first frame of the folder"
             raise MediaError(path, f"expected {wanted}, got {width} x {height}.")
     return contents
+
+
+def _decoded(path: Path | str, content: bytes) -> npt.NDArray[np.uint8]:
+    from io import BytesIO
+
+    from PIL import Image
+
+    try:
+        with Image.open(BytesIO(content), formats=("JPEG", "PNG")) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise MediaError(path, f"cannot be decoded: {error}; extract it again.") from error
 
 
 def _content(path: str) -> bytes:
@@ -148,18 +167,9 @@ def read_images(folder: Path, info: MediaInfo, frames: Sequence[int]) -> npt.NDA
     Raises:
         MediaError: one cannot be read or decoded, or has another size than the first frame.
     """
-    from io import BytesIO
-
-    from PIL import Image
-
     pixels = np.empty((len(frames), info.height, info.width, 3), np.uint8)
     contents = read_encoded(folder, info, frames)
     for place, (frame, content) in enumerate(zip(frames, contents, strict=True)):
         path = folder / info.kind.frame_name.format(info.first_number + frame)
-        try:
-            with Image.open(BytesIO(content), formats=("JPEG", "PNG")) as image:
-                decoded = np.asarray(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise MediaError(path, f"cannot be decoded: {error}; extract it again.") from error
-        pixels[place] = decoded
+        pixels[place] = _decoded(path, content)
     return pixels

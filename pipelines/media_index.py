@@ -272,7 +272,9 @@ def _probe_all(
     open_shard = shard_opener()
     hidden = not progress or not sys.stderr.isatty()
     with ThreadPoolExecutor(threads, thread_name_prefix="accel-index") as pool:
-        outcomes = pool.map(lambda record: _probed(record, frame_name, open_shard), missing.values())
+        outcomes = pool.map(
+            lambda record: _probed(record, frame_name, open_shard), missing.values()
+        )
         bar = tqdm(outcomes, total=len(missing), desc="indexing", unit="file", disable=hidden)
         for key, outcome in zip(missing, bar, strict=True):
             if isinstance(outcome, MediaError):

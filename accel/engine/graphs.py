@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -152,9 +152,8 @@ class Replay:
     def _take(self, batch: Batch) -> bool:
         """Copy a batch to where the graphs read it; False: it has another shape."""
         if self._static is None:
-            self._static = dataclasses.replace(
-                batch, **{name: tensor.clone() for name, tensor in _inputs(batch).items()}
-            )
+            copies: dict[str, Any] = {name: t.clone() for name, t in _inputs(batch).items()}
+            self._static = dataclasses.replace(batch, **copies)
             return True
         mine, given = _inputs(self._static), _inputs(batch)
         if {k: _kind(v) for k, v in mine.items()} != {k: _kind(v) for k, v in given.items()}:
