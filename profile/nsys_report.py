@@ -10,6 +10,7 @@ left out. See profile/README.md.
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -52,10 +53,13 @@ def main() -> int:
     except (TraceError, OSError, ValueError) as error:
         print(f"nsys_report: {error}", file=sys.stderr)
         return 2
-    print(text_table(analysis))
-    print(f"\npage: {target}")
+    lines = [text_table(analysis), f"\npage: {target}"]
     if args.json:
-        print(json.dumps(as_json(analysis)))
+        lines.append(json.dumps(as_json(analysis)))
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:  # the reader went away, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

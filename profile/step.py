@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from accel.engine.config import Recipe, resolved_sampling
 from accel.engine.distributed import World
+from accel.engine.graphs import DeviceGraphs
 from accel.engine.memory import keep_freed_memory
 from accel.engine.optim import OptimConfig, Optimizer
 from accel.engine.precision import Precision, PrecisionConfig
@@ -98,15 +99,19 @@ class Network:
     """One network with its optimizer, and what was measured of it."""
 
     def __init__(self, label: str, args: argparse.Namespace, num_classes: int) -> None:
-        wanted, _, compiled = label.partition("+")
+        wanted, _, mode = label.partition("+")
         wanted, _, batch_norm = wanted.partition("@")
         name, _, variant = wanted.partition(":")
         if name not in list_models():
             known = ", ".join(list_models())
             raise ConfigError(f"--models: unknown network {name!r}; known are {known}.")
-        self.compiled = compiled == "compile"
-        if compiled and not self.compiled:
-            raise ConfigError(f'--models: expected "+compile" at the end, got {label!r}.')
+        if mode not in ("", "compile", "graph"):
+            raise ConfigError(
+                f'--models: expected "+compile" or "+graph" at the end, got {label!r}.'
+            )
+        if mode == "graph" and args.device.type != "cuda":
+            raise ConfigError(f"--models: {label}: CUDA graphs need --device cuda.")
+        self.compiled = mode == "compile"
         reduced = {"depth": args.depth, "width": args.width, "stages": args.stages}
         chosen = {"variant": variant, "batch_norm": batch_norm}
         options = reduced | {k: v for k, v in chosen.items() if v} | {"stem": args.stem}
@@ -138,6 +143,7 @@ class Network:
             ranges=ranges,
         )
         ranges.mark(self.model.named_parts())
+        self.graph = self.step.replay_with(DeviceGraphs(args.device)) if mode == "graph" else None
         if args.layout == "nchw":
             use_nchw(self.model)
         self.own_bytes = _allocated(args.device) - before
@@ -291,6 +297,8 @@ def results(networks: list[Network], args: argparse.Namespace) -> list[dict[str,
             row["parameters"] = sum(p.numel() for p in network.model.parameters())
         if flops := network.facts.get("gflop_per_clip"):
             network.facts["tflops"] = round(flops * row["clips_per_s"] / 1e3, 4)
+        if network.graph is not None and network.graph.problem:
+            network.facts["graph_problem"] = network.graph.problem  # its steps ran eagerly
         rows.append({**row, **network.facts})
     return rows
 
@@ -302,7 +310,7 @@ def parse_args() -> argparse.Namespace:
     add(
         "--models",
         default="",
-        help="comma-separated, name[:variant][@batch_norm][+compile]; default: all names",
+        help="comma-separated, name[:variant][@batch_norm][+compile|+graph]; default: all",
     )
     add("--frames", type=int, default=8, help="segments per clip (T)")
     add("--size", type=int, default=224, help="height and width, px")

@@ -18,6 +18,7 @@ _CUDA = ("--device", "cuda")
 _TESTS = (PYTHON, "-m", "pytest", "-q", "-m", "needs_cuda", "-p", "no:cacheprovider")
 _STEP = (PYTHON, "profile/step.py", *_CUDA, "--json")
 _NORMS = ("torch", "torch+compile", "fused", "fused+compile")
+_GRAPHED = ("tsn", "tanet", "masnet", "tdn", "amsnet", "msn")
 _CASES = (PYTHON, "profile/kernels_bench.py", *_CUDA)
 _ONCE = (*_CASES, "--quick", "--batch", "1", "--warmups", "1", "--repeats", "1")
 _REFERENCE = {"ACCEL_KERNELS": "reference"}
@@ -117,6 +118,16 @@ SECTIONS = (
     Section("sanitizer", (*sanitizer(), *_ONCE), limit_s=300),
     Section(
         "step_bf16", (*_STEP, "--precision", "bf16"), limit_s=240, json=True, obstacle=_no_bf16
+    ),
+    # At the published 8 clips the launches of the host show: one by one, and as a CUDA graph.
+    Section(
+        "step_graph",
+        (
+            *(*_STEP, "--precision", "fp16", "--batch", "8", "--models"),
+            ",".join(f"{name}{mode}" for name in _GRAPHED for mode in ("", "+graph")),
+        ),
+        limit_s=240,
+        json=True,
     ),
     # The same steps with every operator as plain PyTorch.
     Section(

@@ -40,7 +40,11 @@ def markdown(report: dict[str, Any]) -> str:
         if rows := report.get(name, {}).get("models"):
             settings = report[name].get("settings", {})
             lines += ["", f"## {name}: {settings.get('batch')} clips per step", ""]
-            lines += _table(_STEP, [[str(row.get(column, "")) for column in _STEP] for row in rows])
+            columns = (
+                *_STEP,
+                *(["graph_problem"] if any("graph_problem" in r for r in rows) else []),
+            )
+            lines += _table(columns, [[str(row.get(key, "")) for key in columns] for row in rows])
         if rows := report.get(name, {}).get("rows"):
             lines += ["", f"## {name}", ""]
             cells = []

@@ -64,7 +64,9 @@ def test_batch_norm_of_a_network_can_be_chosen(run):
     code, _, err = run("--models", "tsn@cudnn")
     assert code == 2 and "model.batch_norm: got 'cudnn'" in err
     code, _, err = run("--models", "tsn+slow")
-    assert code == 2 and "\"+compile\" at the end, got 'tsn+slow'" in err
+    assert code == 2 and '"+compile" or "+graph" at the end, got \'tsn+slow\'' in err
+    code, _, err = run("--models", "tsn+graph")
+    assert code == 2 and "tsn+graph: CUDA graphs need --device cuda" in err
 
 
 def test_nchw_computes_the_same_in_another_layout(run):
@@ -94,9 +96,11 @@ def test_cuda_without_a_device(run):
 @pytest.mark.needs_cuda
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_on_a_gpu(run, precision):
-    arguments = ["--models", "tanet", "--batch", "2", *TINY, "--device", "cuda", "--json"]
+    arguments = ["--models", "tanet,tanet+graph", "--batch", "2", *TINY, "--device", "cuda"]
+    arguments.append("--json")
     code, out, _ = run(*arguments, "--precision", precision)
     assert code == 0
     report = json.loads(out.splitlines()[-1])
     assert all(row["peak_gib"] > 0 and row["step_ms"] > 0 for row in report["models"])
+    assert not any("graph_problem" in row for row in report["models"])
     assert report["machine"]["gemm_fp16_tflops"] > 0

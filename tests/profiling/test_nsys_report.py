@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -106,6 +107,18 @@ def test_the_page_needs_no_other_file(report):
     assert values["verdict"] in text
     assert text.count("<rect") > 45  # ranges and kernels of the step shown
     assert text.count("<table") == text.count("</table>") == 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="Chromium is not installed")
+def test_a_browser_shows_the_page(report):
+    _, values, _, page, _ = report(EXPORTS / "launch_bound.sqlite")
+    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    shown = subprocess.run(
+        [*browser, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120
+    )
+    assert shown.returncode == 0 and values["verdict"] in shown.stdout
+    assert shown.stdout.count("<rect") > 45 and "CONSOLE" not in shown.stderr
 
 
 def test_exports_are_what_their_script_writes(tmp_path, monkeypatch):
