@@ -28,6 +28,11 @@ def main(argv: Sequence[str]) -> int:
     device = resolve_device(options.device)
     names = _names(options.classes) if options.classes else []
     model, config, class_names = load_detector(options.checkpoint, names)
+    if config.fusion != "none":
+        raise ConfigError(
+            f"{options.checkpoint}: has two streams in one network; accel detect takes one stream, "
+            "or two networks."
+        )
     detector = OnlineDetector(model.to(device), config, device, options.threshold)
     out = options.out or Path(f"{options.input.name}-tubes")
     video = not options.no_video

@@ -15,12 +15,14 @@ from accel.cli import (
     recipes,
     reproduce,
     train,
+    tubes,
 )
 from accel.cli.rendering import run_guarded
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train.main, "train and evaluate a recipe (the same as train.py)"),
     "evaluate": (evaluate.main, "test a trained network with several views, store its scores"),
+    "tubes": (tubes.main, "video-mAP of a trained detector, or of two streams fused"),
     "detect": (
         detect.main,
         "boxes, classes and tubes in a video, from a trained detector",

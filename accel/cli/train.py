@@ -49,10 +49,6 @@ def _train(recipe: configs.Recipe, out: Path, options: argparse.Namespace) -> in
     if recipe.detection.network != "none":
         from accel.engine.detection import DetectionTrainer
 
-        if options.dry_run:
-            raise ConfigError(
-                "--dry-run: only for classification; pass --train.max_steps 2 and a scratch --out."
-            )
         trainer_type = DetectionTrainer
 
     world = start_world(resolve_device(recipe.run.device).type, recipe.run.timeout_s)

@@ -102,6 +102,7 @@ class Linker:
         scores: np.ndarray,
         counts: np.ndarray,
         all_scores: np.ndarray | None = None,
+        last_boxes: np.ndarray | None = None,
     ) -> Links:
         """Take the next frame.
 
@@ -110,12 +111,14 @@ class Linker:
             scores: [A, n].
             counts: [A], boxes of each class that are no padding.
             all_scores: [A, n, K], for a cost that compares them.
+            last_boxes: [A, n, 4], by which the next frame finds what is taken now; None: `boxes`.
         """
         if self._compares:
             if all_scores is None:
                 raise ValueError(f'Linker: the cost "{self.rule.cost}" needs all_scores.')
             if not self._last.size:
                 self._last = np.zeros((*self._path.shape, all_scores.shape[-1]))
+        last_boxes = boxes if last_boxes is None else last_boxes
         present = np.arange(scores.shape[1]) < counts[:, None]
         edges = self._edges(boxes, scores, all_scores, present)  # [A, P, n]
         chosen = np.full(self._path.shape, -1)  # [A, P]
@@ -134,11 +137,11 @@ class Linker:
         edge[label, box] = edges[label, p, box]
         self._misses += 1
         self._misses[label, p] = 0
-        self._box[label, p] = boxes[label, box]
+        self._box[label, p] = last_boxes[label, box]
         self._best[label, p] = _with(self._best[label, p], scores[label, box])
         if self._compares and all_scores is not None:
             self._last[label, p] = all_scores[label, box]
-        self._sort(path, free, boxes, scores, all_scores)
+        self._sort(path, free, last_boxes, scores, all_scores)
         return Links(path, edge)
 
     def ended(self) -> list[list[tuple[int, int]]]:
@@ -209,22 +212,30 @@ class Linker:
         self._best = joined(self._best, best)
 
 
-def link(candidates: Candidates, rule: LinkRule | None = None) -> list[list[Path]]:
+def link(
+    candidates: Candidates, rule: LinkRule | None = None, *, last_boxes: np.ndarray | None = None
+) -> list[list[Path]]:
     """The paths of a video, per class, best first.
 
     Paths with fewer than `rule.min_found` boxes are left out. The order is that of the mean of the
     20 best scores.
+
+    Args:
+        candidates: of the video.
+        rule: how boxes join.
+        last_boxes: [F, A, n, 4], see `Linker.step`.
     """
     rule = rule or LinkRule()
     num_classes = candidates.counts.shape[1]
     linker = Linker(num_classes, rule)
     links = [
-        linker.step(boxes, scores, counts, all_scores)
-        for boxes, scores, counts, all_scores in zip(
+        linker.step(*frame)
+        for frame in zip(
             candidates.boxes,
             candidates.scores,
             candidates.counts,
             candidates.all_scores,
+            candidates.boxes if last_boxes is None else last_boxes,
             strict=True,
         )
     ]

@@ -14,8 +14,8 @@ import torch
 from accel.detection.candidates import FilterRule, background_last, filter_boxes, pixel_boxes
 from accel.detection.linking import Linker
 from accel.engine.checkpoint import load_verified, write_atomically
-from accel.engine.detection import FrameDetector
 from accel.engine.detection_config import DetectionConfig
+from accel.engine.tube_evaluation import FrameDetector
 from accel.errors import CheckpointError, ConfigError
 from accel.models.detectors import Detector, build_detector, describe_detector
 from accel.models.weights import import_weights, load_foreign, read_state_dict
@@ -51,7 +51,7 @@ def load_detector(
     taken for the published input, and without names for UCF24 when they have its 24 classes.
 
     Raises:
-        CheckpointError: neither, or a network of two streams.
+        CheckpointError: neither.
         ConfigError: another number of names than classes.
     """
     content = load_foreign(path)
@@ -87,8 +87,6 @@ def load_detector(
         names = tuple(class_names)
         if not names and described["num_classes"] == len(UCF24_CLASSES) + 1:
             names = tuple(UCF24_CLASSES)
-    if config.fusion != "none":
-        raise CheckpointError(path, "has two streams; accel detect reads one.")
     if len(names) != model.num_classes - 1:
         raise ConfigError(
             f"--classes: {path} has {model.num_classes - 1} classes, got {len(names)} names."
@@ -162,7 +160,8 @@ class OnlineDetector:
         numbers = sorted({n for f in frames for n in image_numbers(f, num_frames, stack)})
         images = np.stack([self._views[n - 1 - self._first] for n in numbers])
         inputs = torch.from_numpy(stacked(images, numbers, frames, num_frames, stack))
-        boxes, scores = self._detector([inputs], self._config.num_frames - 1 if last else 0)
+        tubes, scores = self._detector([inputs])
+        boxes = tubes[:, :, self._config.num_frames - 1 if last else 0]
         linked = time.perf_counter()
         self.network_s += linked - begin
         found = filter_boxes(

@@ -56,6 +56,9 @@ class DetectionConfig:
     """Checkpoint from which the second stream's trunk starts."""
     score_threshold: float = 0.001
     """Evaluation: scores of boxes that are linked are larger."""
+    linking: Literal["frames", "microtubes"] = "frames"
+    """Evaluation: frames (published: for each frame the first box of the micro-tube that begins
+    there) | microtubes (ours: micro-tube behind micro-tube, each with all of its boxes)."""
     change_cost: float = 5.0
     """Evaluation: cost of a change of label in a tube (alpha), >= 0; published results: 5."""
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from accel.engine.step import training_loss
 from accel.engine.trainer import Trainer
 
 
@@ -22,27 +21,16 @@ def dry_run(trainer: Trainer) -> dict[str, Any]:
     batches = trainer.train_loader.epoch(0)
     batch = next(batches)
 
-    def forward_backward() -> torch.Tensor:
-        frames = trainer.precision.network_input(batch.clips, batch.colors)
-        with trainer.precision.autocast():
-            output = trainer.model(frames)
-            torch.autograd.backward(training_loss(output, batch.labels))
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        logits: torch.Tensor = getattr(output, "logits", output)
-        return logits
-
-    logits = forward_backward()  # allocations and autotuning happen here
+    shapes = trainer.rehearse(batch)  # allocations and autotuning happen here
     start = time.perf_counter()
-    forward_backward()
+    trainer.rehearse(batch)
     step_s = (time.perf_counter() - start) * trainer.accumulation
     start = time.perf_counter()
     next(batches, None)
     wait_s = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
     return {
-        "clips": list(batch.clips.shape),
-        "logits": list(logits.shape),
+        **shapes,
         "num_classes": trainer.dataset.num_classes,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "loader": trainer.train_loader.description,

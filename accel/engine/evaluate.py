@@ -27,6 +27,8 @@ class TestConfig:
     train.micro_batch."""
     every_epochs: int = 1
     """Evaluate after every so many epochs (and always at the end), >= 1."""
+    every_steps: int = 0
+    """> 0: after every so many optimizer steps instead."""
     protocols: tuple[str, ...] = ("1x1",)
     """Published test protocols, clips x crops: "1x1", "2x3", "10x3", ... (crops: 1, 3 or 10)."""
     average: Averaging = "probs"
@@ -42,6 +44,10 @@ class TestConfig:
             raise ValueError(f"test.batch: must be >= 0 (0 = train.micro_batch), got {self.batch}.")
         if self.every_epochs < 1:
             raise ValueError(f"test.every_epochs: must be >= 1, got {self.every_epochs}.")
+        if self.every_steps < 0:
+            raise ValueError(
+                f"test.every_steps: must be >= 0 (0 = epochs), got {self.every_steps}."
+            )
         for name in self.protocols:
             parse_protocol(name, "test.protocols")
 

@@ -8,7 +8,15 @@ from typing import Any, Literal
 
 import yaml
 
-Init = Literal["none", "imagenet", "kinetics400"]
+Init = Literal[
+    "none",
+    "imagenet",
+    "kinetics400",
+    "vgg16_reducedfc",
+    "ssd300_brox",
+    "road_ssd300",
+    "amtnet_streams",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +27,10 @@ class PublishedConfig:
     """Name of the run in `accel/recipes/facts/published.yaml`; "" = the recipe's own."""
     init: Init = "none"
     """Weights that the published run starts from, for `model.pretrained`: "imagenet" (torchvision
-    ResNet-50, resnet50-19c8e357) or "kinetics400" (a run of the same system on Kinetics-400)."""
+    ResNet-50, resnet50-19c8e357) or "kinetics400" (a run of the same system on Kinetics-400). Of a
+    detector, for `detection.start_base` (and `start_extra`): "vgg16_reducedfc" (ImageNet, last
+    layers as convolutions), "ssd300_brox" (ROAD's network of the brox stream), "road_ssd300"
+    (ROAD's of the same stream), "amtnet_streams" (AMTNet's of each stream)."""
     inferred: tuple[str, ...] = ()
     """Keys of the recipe whose value no source states; `--print-config` marks them."""
 
@@ -41,7 +52,8 @@ class Row:
 
 @lru_cache(maxsize=1)
 def facts() -> dict[str, dict[str, dict[str, Any]]]:
-    """The facts file: `datasets`, `protocols`, `runs`, `rows` and `extra_rows` by their names."""
+    """The facts file: `datasets`, `protocols`, `runs`, `rows`, `extra_rows`, `detection_runs` and
+    `detection_rows` by their names."""
     path = resources.files("accel") / "recipes" / "facts" / "published.yaml"
     stored = yaml.safe_load(path.read_text(encoding="utf-8"))
     return {
@@ -195,18 +207,33 @@ def disagreements(recipe: Mapping[str, Mapping[str, Any]], run: str) -> Iterator
         recipe: of `accel.engine.config.to_dict`, with `sampling` as its model needs it.
         run: a name in `facts()["runs"]`.
     """
-    fact = facts()["runs"][run]
-    for key, expected in expected_values(run).items():
+    factors = facts()["runs"][run]["factors"]
+    yield from disagreements_with(recipe, expected_values(run), factors)
+
+
+def disagreements_with(
+    recipe: Mapping[str, Mapping[str, Any]],
+    expected_values: Mapping[str, Any],
+    factors: list[float],
+) -> Iterator[str]:
+    """One sentence for every key of a recipe that differs from these values, or their factors.
+
+    Args:
+        recipe: of `accel.engine.config.to_dict`.
+        expected_values: dotted key -> value.
+        factors: on the rate, from each milestone on.
+    """
+    for key, expected in expected_values.items():
         section, name = key.split(".")
         value = recipe[section][name]
         if not _equal(value, expected):
             yield f"{key} is {value!r}, published is {expected!r}"
     schedule = recipe["schedule"]
-    factors = schedule["factors"] or [
+    found = schedule["factors"] or [
         schedule["gamma"] ** (k + 1) for k in range(len(schedule["milestones"]))
     ]
-    if not _equal(list(factors), fact["factors"]):
-        yield f"schedule.factors come to {factors}, published are {fact['factors']}"
+    if not _equal(list(found), factors):
+        yield f"schedule.factors come to {found}, published are {factors}"
 
 
 def protocol_disagreements(

@@ -19,6 +19,7 @@ from accel.engine.published import (
     protocol_disagreements,
     published_rows,
 )
+from accel.engine.published_detection import detection_disagreements, detection_rows
 from accel.errors import ConfigError
 
 _shipped = lru_cache(maxsize=None)(load_recipe)
@@ -34,7 +35,7 @@ def recipes_of_runs() -> dict[str, str]:
     found: dict[str, str] = {}
     for name in shipped_recipes():
         run = _shipped(name).published.run
-        if not run:
+        if not run or run in facts()["detection_runs"]:
             continue
         if run not in facts()["runs"]:
             raise ConfigError(f"{name}: published.run: no published run is called {run!r}.")
@@ -42,6 +43,13 @@ def recipes_of_runs() -> dict[str, str]:
             raise ConfigError(f"{name}: published.run: {found[run]} stands for {run!r} already.")
         found[run] = name
     return found
+
+
+@lru_cache(maxsize=1)
+def recipes_of_detection_runs() -> dict[str, str]:
+    """Published run of a detector -> name of the shipped recipe that stands for it."""
+    shipped = {name: _shipped(name).published.run for name in shipped_recipes()}
+    return {run: name for name, run in shipped.items() if run in facts()["detection_runs"]}
 
 
 def resolve_row(row: Row) -> list[Recipe]:
@@ -68,6 +76,16 @@ def check_recipes() -> Iterator[str]:
     for run, name in recipes_of_runs().items():
         for problem in disagreements(_resolved(_shipped(name)), run):
             yield f"{name}: {problem}"
+    for run in facts()["detection_runs"]:
+        if run not in recipes_of_detection_runs():
+            yield f"run {run}: no recipe stands for it"
+    for run, name in recipes_of_detection_runs().items():
+        for problem in detection_disagreements(to_dict(_shipped(name)), run):
+            yield f"{name}: {problem}"
+    for detection_row in detection_rows():
+        for run in detection_row.runs:
+            if run not in recipes_of_detection_runs():
+                yield f"row {detection_row.name}: no recipe stands for the run {run}"
     for row in published_rows():
         members = resolve_row(row)
         for recipe in members:

@@ -11,12 +11,16 @@ class ScheduleConfig:
 
     epochs: int = 50
     """Passes over the training set, >= 1."""
+    iterations: int = 0
+    """constant, step: > 0: optimizer steps of the training instead of epochs; milestones are
+    iterations then (AMTNet, ROAD)."""
     kind: Literal["constant", "step", "cosine", "onecycle"] = "step"
     """constant | step (x gamma at milestones) | cosine | onecycle (by iteration)."""
     per: Literal["epoch", "iteration"] = "epoch"
     """cosine and warm-up: how often the rate changes."""
     milestones: tuple[int, ...] = ()
-    """step: epochs (0-based, increasing) at whose start the rate is multiplied by gamma."""
+    """step: epochs, or iterations (see there), 0-based and increasing, at whose start the rate is
+    multiplied by gamma."""
     gamma: float = 0.1
     """step: factor at each milestone, in (0, 1]."""
     factors: tuple[float, ...] = ()
@@ -45,9 +49,19 @@ class ScheduleConfig:
             raise ValueError(
                 f"schedule.milestones: only used by schedule.kind step, got kind {self.kind}."
             )
-        if self.milestones and self.milestones[-1] >= self.epochs:
+        if self.iterations < 0:
             raise ValueError(
-                f"schedule.milestones: must lie before schedule.epochs = {self.epochs}, "
+                f"schedule.iterations: must be >= 0 (0 = epochs), got {self.iterations}."
+            )
+        if self.iterations and (self.kind not in ("constant", "step") or self.warmup_epochs):
+            raise ValueError(
+                "schedule.iterations: needs schedule.kind constant or step without warm-up, got "
+                f"{self.kind} and schedule.warmup_epochs {self.warmup_epochs}."
+            )
+        unit = "iterations" if self.iterations else "epochs"
+        if self.milestones and self.milestones[-1] >= getattr(self, unit):
+            raise ValueError(
+                f"schedule.milestones: must lie before schedule.{unit} = {getattr(self, unit)}, "
                 f"got {self.milestones[-1]}."
             )
         if self.factors and len(self.factors) != len(self.milestones):
@@ -102,7 +116,8 @@ def lr_factor(config: ScheduleConfig, iteration: int, steps_per_epoch: int) -> f
     if config.kind == "constant":
         return 1.0
     if config.kind == "step":
-        passed = sum(epoch >= milestone for milestone in config.milestones)
+        now = iteration if config.iterations else epoch
+        passed = sum(now >= milestone for milestone in config.milestones)
         if config.factors:
             return (1.0, *config.factors)[passed]
         return config.gamma**passed

@@ -33,7 +33,7 @@ from accel.engine.run import RunFolder, environment, resolve_device
 from accel.engine.schedule import lr_factor
 from accel.engine.seeding import seed_everything, set_deterministic
 from accel.engine.state import Counters, check_tensors, check_unchanged, find_checkpoint
-from accel.engine.step import TrainStep
+from accel.engine.step import TrainStep, training_loss
 from accel.engine.stop import StopRequested, StopSignals
 from accel.engine.timing import Ranges
 from accel.errors import CheckpointError, ConfigError
@@ -119,7 +119,8 @@ class Trainer:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        planned = self.recipe.schedule.epochs * self.train_loader.steps_per_epoch
+        schedule = self.recipe.schedule
+        planned = schedule.iterations or schedule.epochs * self.train_loader.steps_per_epoch
         return min(planned, self.recipe.train.max_steps or planned)
 
     def close(self) -> None:
@@ -173,6 +174,20 @@ class Trainer:
             if journal is not None:
                 journal.close()
         return self._finish() if self.world.is_main else {}
+
+    def rehearse(self, batch: Any) -> dict[str, list[int]]:
+        """One forward and backward of a micro-batch, finished on the device; shapes by name.
+
+        The network is left with gradients and must not be trained after.
+        """
+        frames = self.precision.network_input(batch.clips, batch.colors)
+        with self.precision.autocast():
+            output = self.model(frames)
+            torch.autograd.backward(training_loss(output, batch.labels))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        logits = getattr(output, "logits", output)
+        return {"clips": list(batch.clips.shape), "logits": list(logits.shape)}
 
     def finished(self) -> bool:
         """Whether the folder holds the complete run already."""
@@ -240,8 +255,8 @@ class Trainer:
 
     def _evaluation_due(self) -> bool:
         iteration, per_epoch = self.counters.iteration, self.train_loader.steps_per_epoch
-        at_epoch = iteration > 0 and iteration % (per_epoch * self.recipe.test.every_epochs) == 0
-        return at_epoch or iteration >= self.total_steps
+        every = self.recipe.test.every_steps or per_epoch * self.recipe.test.every_epochs
+        return (iteration > 0 and iteration % every == 0) or iteration >= self.total_steps
 
     def _save_due(self) -> bool:
         iteration, settings = self.counters.iteration, self.recipe.checkpoint

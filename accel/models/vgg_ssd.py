@@ -97,6 +97,8 @@ class SSDTrunk(nn.Module):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
+        for layer in self.extras:  # as ROAD, whose other layers start from weights
+            nn.init.xavier_uniform_(layer.weight)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Maps [N, C_k, h_k, w_k], coarser and coarser, of frames [N, in_channels, H, W]."""

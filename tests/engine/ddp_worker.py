@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from accel.engine.detection import DetectionStep, priors_for
+from accel.engine.detection import DetectionStep
 from accel.engine.distributed import World, start_world, stop_world
 from accel.engine.optim import OptimConfig, Optimizer
 from accel.engine.precision import Precision, PrecisionConfig
 from accel.engine.seeding import seed_everything
 from accel.engine.step import TrainStep
 from accel.engine.timing import Ranges
+from accel.engine.tube_evaluation import priors_for
 from accel.models import build_model
 from accel.models.detectors import build_detector
 from accel.models.norm import set_implementation, synchronize

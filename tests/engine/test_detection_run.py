@@ -12,8 +12,9 @@ from accel.cli.main import main as accel
 from accel.engine.checkpoint import load_verified
 from accel.engine.config import load_recipe
 from accel.engine.detect_video import OnlineDetector, load_detector
-from accel.engine.detection import DetectionTrainer, FrameDetector, video_detections
+from accel.engine.detection import DetectionTrainer
 from accel.engine.detection_config import DetectionConfig
+from accel.engine.tube_evaluation import FrameDetector, video_detections
 from accel.errors import CheckpointError, ConfigError
 from pipelines.errors import DataError, MediaError
 from pipelines.moving_objects import CLASSES, generate_moving_objects
@@ -87,9 +88,8 @@ def test_a_stream_gives_the_boxes_of_the_stored_video(finished, root) -> None:
     assert names == CLASSES
     data = open_tube_set(root, "moving_objects")
     video = data.training.index(False)
-    boxes, scores, size = video_detections(
-        data, video, FrameDetector(model, config, torch.device("cpu")), config
-    )
+    detector = FrameDetector(model, config, torch.device("cpu"))
+    boxes, scores, size = video_detections(data, video, detector)
     threshold = float(np.quantile(scores[..., :3], 0.999))
     online = OnlineDetector(model, config, torch.device("cpu"), threshold)
     stored = data.read("rgb", data.videos[video], range(1, 25))
