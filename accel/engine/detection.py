@@ -73,7 +73,7 @@ class DetectionStep(TrainStep):
     def _forward(self, batch: Any) -> Tensor:
         with self.ranges("ingest"):
             inputs = [x / self._scale for x in batch.batch.streams]
-        with self._precision.autocast():
+        with self.precision.autocast():
             with self.ranges("forward"):
                 conf, loc = self._model(*inputs)
         with self.ranges("loss"):

@@ -1,38 +1,153 @@
-"""How the operators of a step reach the device: one by one, or as one CUDA graph."""
+"""How the operators of a step reach the device: one by one, as a CUDA graph, or compiled."""
 
 import logging
+from collections.abc import Callable, Mapping
 
 import torch
 
 from accel.engine.config import Recipe
 from accel.engine.distributed import World
-from accel.engine.graphs import DeviceGraphs, Graphs
+from accel.engine.graphs import WARM_UP_STEPS, DeviceGraphs, Graphs
+from accel.engine.rehearsal import Rehearsal
+from accel.engine.step import Execution, TrainStep
 
 logger = logging.getLogger(__name__)
 
+WAYS: tuple[Execution, ...] = ("eager", "graph", "compile", "graph+compile")
+WORTHWHILE = 0.95
+"""Another way than "eager" is chosen when its step takes at most this share of the time."""
 
-def graph_obstacle(
-    recipe: Recipe, device: torch.device, world: World, accumulation: int
+
+class Launcher:
+    """Decides how the steps of a run are launched.
+
+    Args:
+        recipe: says what is wanted, `train.execution`.
+        device: of the run.
+        world: this process among all.
+        accumulation: micro-batches per step.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device, world: World, accumulation: int):
+        self._wanted = recipe.train.execution
+        self._obstacles = {way: obstacle(way, recipe, device, world, accumulation) for way in WAYS}
+        self._main = world.is_main
+        graphs = self._obstacles["graph"] is None and self._wanted not in ("eager", "compile")
+        self.graphs: Graphs | None = DeviceGraphs(device) if graphs else None
+
+    def settle(
+        self, step: TrainStep, rehearse: Callable[[], Rehearsal], stored: str | None
+    ) -> Execution:
+        """Choose, tell the step, and say in one line why it is not what was asked for.
+
+        Args:
+            step: of the run.
+            rehearse: makes what tries and times steps; called when needed.
+            stored: what the run that is continued did; "auto" does it again, for the same bits.
+
+        Returns:
+            The way that is taken.
+        """
+        wanted = self._wanted
+        if wanted == "auto":
+            known = next((way for way in WAYS if way == stored), None)
+            if known is None:
+                return self._launch(step, self._measured(step, rehearse))
+            wanted = known
+        if reason := self._obstacles[wanted] or self._failure(step, rehearse, wanted):
+            logger.warning("train.execution %s: steps run eagerly, because %s.", wanted, reason)
+            wanted = "eager"
+        return self._launch(step, wanted)
+
+    def _launch(self, step: TrainStep, way: Execution) -> Execution:
+        step.launch(way, self.graphs)
+        return way
+
+    def _failure(
+        self, step: TrainStep, rehearse: Callable[[], Rehearsal], way: Execution
+    ) -> str | None:
+        """Why a network cannot be compiled; graphs tell by themselves."""
+        if "compile" not in way:
+            return None
+        step.launch("compile", None)
+        rehearsal = rehearse()
+        try:
+            with rehearsal.untouched():
+                rehearsal.run(1)
+        except RuntimeError as error:
+            return _one_line(error)
+        return None
+
+    def _measured(self, step: TrainStep, rehearse: Callable[[], Rehearsal]) -> Execution:
+        times: dict[Execution, float] = {}
+        problems: dict[Execution, str] = {}
+        ways = [way for way in WAYS if self._obstacles[way] is None]
+        if len(ways) > 1:
+            rehearsal = rehearse()
+            for way in ways:
+                replay = step.launch(way, self.graphs)
+                try:
+                    times[way] = rehearsal.seconds_per_step(WARM_UP_STEPS + 2)
+                except RuntimeError as error:
+                    problems[way] = _one_line(error)
+                if replay is not None and replay.problem is not None:  # it has fallen back
+                    times.pop(way, None)
+                    problems[way] = replay.problem
+        problems |= {way: reason for way, reason in self._obstacles.items() if reason is not None}
+        chosen = fastest(times)
+        logger.info("train.execution auto: %s", account(chosen, times, problems))
+        return chosen
+
+
+def obstacle(
+    way: Execution, recipe: Recipe, device: torch.device, world: World, accumulation: int
 ) -> str | None:
-    """Why the steps of a run cannot be replayed as CUDA graphs; None: nothing known."""
-    if device.type != "cuda":
-        return f"CUDA graphs need a GPU, this run is on {device.type}"
+    """Why the steps of a run cannot be launched in some way; None: nothing known."""
+    if way == "eager":
+        return None
     if recipe.detection.network != "none":
-        return "the steps of a detector are not recorded"
+        return "a detector's steps run eagerly only"
     if recipe.log.profile != "none":
-        return "log.profile marks the parts of a step, which a graph has not"
-    if world.size > 1 and accumulation > 1:
-        return "several processes exchange gradients in the last of several micro-batches only"
+        return "log.profile marks the parts of a step, which are not to be seen otherwise"
+    if "graph" in way and device.type != "cuda":
+        return f"CUDA graphs need a GPU, this run is on {device.type}"
+    if world.size > 1:
+        if recipe.train.execution == "auto":
+            return "auto measures single processes only"
+        if "compile" in way:
+            return "compiled steps are for single processes"
+        if accumulation > 1:
+            return "several processes exchange gradients in the last of several micro-batches only"
+    if "compile" in way and recipe.train.checkpoint_activations != "none":
+        return "train.checkpoint_activations cannot be compiled"
     return None
 
 
-def open_graphs(
-    recipe: Recipe, device: torch.device, world: World, accumulation: int
-) -> Graphs | None:
-    """What records the steps of a run, if it is to replay them and can; says so if it cannot."""
-    if recipe.train.execution != "graph":
-        return None
-    if obstacle := graph_obstacle(recipe, device, world, accumulation):
-        logger.warning("train.execution graph: steps run eagerly, because %s.", obstacle)
-        return None
-    return DeviceGraphs(device)
+def fastest(times: Mapping[Execution, float]) -> Execution:
+    """The way with the shortest step, "eager" unless the gain is worthwhile."""
+    best: Execution = "eager"
+    limit = times.get("eager", float("inf")) * WORTHWHILE
+    for way, seconds in times.items():
+        if way != "eager" and seconds <= limit:
+            best, limit = way, seconds
+    return best
+
+
+def account(
+    chosen: Execution, times: Mapping[Execution, float], problems: Mapping[Execution, str]
+) -> str:
+    """One line: the choice, the steps that were measured, and what could not be."""
+    parts = [f"{way} {seconds * 1e3:.1f} ms" for way, seconds in times.items()]
+    text: str = chosen
+    if "eager" in times and chosen in times:
+        text += f", {times['eager'] / times[chosen]:.2f} x the rate of eager"
+    if parts:
+        text += f" (measured: {', '.join(parts)})"
+    reasons: dict[str, list[str]] = {}
+    for way, reason in problems.items():
+        reasons.setdefault(reason, []).append(way)
+    return "; ".join([text, *(f"not {', '.join(ways)}: {r}" for r, ways in reasons.items())]) + "."
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200].rstrip(".")

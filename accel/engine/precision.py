@@ -89,7 +89,8 @@ class Precision:
     def forget_unscaling(self) -> None:
         """Let the scaler begin a step again that was recorded but did not run."""
         # It has no public way back from "already unscaled" but an update of the scale.
-        self.scaler._per_optimizer_states.clear()
+        if self.scaler.is_enabled():
+            self.scaler._per_optimizer_states.clear()
 
     def network_input(self, clips: Tensor, colors: Tensor | None = None) -> Tensor:
         """Normalized, folded, channels_last input of the network.

@@ -20,6 +20,8 @@ from accel.models.heads import AuxiliaryLogits
 from accel.models.recompute import Recompute
 from pipelines.loader import Batch
 
+Execution = Literal["eager", "graph", "compile", "graph+compile"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -33,9 +35,11 @@ class TrainConfig:
     sync_bn: bool = False
     """Several processes: 2-D batch norms see the clips of all of them (in the fused operator);
     false: those of one process, as published."""
-    execution: Literal["eager", "graph"] = "eager"
-    """How a step is launched: "eager" (operator by operator) or "graph" (all of it, optimizer
-    included, recorded once as a CUDA graph and replayed; eagerly where that cannot be)."""
+    execution: Literal["auto", "eager", "graph", "compile", "graph+compile"] = "eager"
+    """How a step is launched: "eager" (operator by operator), "graph" (all of it, optimizer
+    included, recorded once as a CUDA graph and replayed), "compile" (the network by torch.compile),
+    "graph+compile", or "auto" (a short measurement before the first step; a resumed run does what
+    it did before). Eagerly, with the reason, where the wanted way cannot be."""
     checkpoint_activations: Recompute = "none"
     """What is computed again in the backward to save memory: "none", every residual "block", or
     every "stage" of them. Losses, gradients and statistics stay the same."""
@@ -84,9 +88,10 @@ class TrainStep:
         world: World,
         ranges: Ranges,
     ) -> None:
-        self._model = model
+        self._plain_model = self._model = model
+        self._compiled_model: Any = None
         self._optimizer = optimizer
-        self._precision = precision
+        self.precision = precision
         self._accumulation = accumulation
         self._clip_norm = clip_norm
         self._seed = seed
@@ -116,21 +121,50 @@ class TrainStep:
         with self.ranges("step"):
             return self._run(batches, iteration, stop)
 
-    def replay_with(self, graphs: Graphs) -> Replay:
-        """From now on replay steps as CUDA graphs, after a few that warm up.
+    def launch(self, way: Execution, graphs: Graphs | None) -> Replay | None:
+        """From now on launch steps in this way.
 
-        Before the first call of this step. The optimizer's rates must be tensors on the device.
+        Args:
+            way: "graph": after a few steps that warm up; the optimizer's rates must be tensors on
+                the device.
+            graphs: records steps, for the ways that replay.
+
+        Returns:
+            What replays, if anything does.
         """
+        self._model = self._compiled() if "compile" in way else self._plain_model
+        self._micro = self._micro_step
+        if "graph" not in way:
+            return None
+        assert graphs is not None
         alone = self._world.size == 1
-        self._micro = Replay(
+        replay = Replay(
             self._micro_step,
             graphs,
             parameters=self._optimizer.parameters(),
             warm_up=WARM_UP_STEPS if alone else DISTRIBUTED_WARM_UP_STEPS,
-            undo=self._forget,
+            undo=self.abandon,
             fall_back=alone,
         )
-        return self._micro
+        self._micro = replay
+        return replay
+
+    def state(self) -> list[Tensor]:
+        """All tensors that a step changes, besides the loss scale."""
+        own = self._plain_model.state_dict()
+        return [*own.values(), *self._optimizer.state_dict().values()]
+
+    def abandon(self) -> None:
+        """Forget a step that was only recorded, or that an error ended."""
+        self.precision.forget_unscaling()
+        self._optimizer.sgd.zero_grad(set_to_none=True)
+        self.underway = False
+
+    def _compiled(self) -> nn.Module:
+        if self._compiled_model is None:
+            self._compiled_model = torch.compile(self._plain_model, fullgraph=True, dynamic=False)
+        model: nn.Module = self._compiled_model
+        return model
 
     def _run(self, batches: Iterator[Batch], iteration: int, stop: bool) -> Tensor:
         for micro_step, batch in enumerate(self._micro_batches(batches)):
@@ -142,7 +176,7 @@ class TrainStep:
             self._micro(batch, micro_step == 0, micro_step == self._accumulation - 1)
         self.underway = False
         # Filled on the device: a tensor made of host data would be a copy that waits.
-        totals = torch.zeros(2, device=self._precision.device)  # loss, stop
+        totals = torch.zeros(2, device=self.precision.device)  # loss, stop
         totals[0].copy_(self._results[0])
         if stop:
             totals[1].fill_(1)
@@ -161,7 +195,7 @@ class TrainStep:
         with self._without_sync(last):
             loss = self._forward(batch) / self._accumulation
             with self.ranges("backward"):
-                torch.autograd.backward(self._precision.scaler.scale(loss))
+                torch.autograd.backward(self.precision.scaler.scale(loss))
                 loss = loss.detach()  # the graph goes now
         self._results[0] += loss.float()
         if last:
@@ -181,8 +215,8 @@ class TrainStep:
 
     def _forward(self, batch: Batch) -> Tensor:
         with self.ranges("ingest"):
-            frames = self._precision.network_input(batch.clips, batch.colors)
-        with self._precision.autocast():
+            frames = self.precision.network_input(batch.clips, batch.colors)
+        with self.precision.autocast():
             with self.ranges("forward"):
                 output = self._model(frames)
             with self.ranges("loss"):
@@ -190,7 +224,7 @@ class TrainStep:
 
     def _update(self) -> tuple[Tensor, Tensor]:
         sgd: Any = self._optimizer.sgd
-        scaler = self._precision.scaler
+        scaler = self.precision.scaler
         if scaler.is_enabled():
             scaler.unscale_(sgd)
         parameters = [p for p in self._optimizer.parameters() if p.grad is not None]
@@ -208,11 +242,6 @@ class TrainStep:
             sgd.step()
         sgd.zero_grad(set_to_none=True)
         return norm, skipped
-
-    def _forget(self) -> None:
-        """Take back what a micro-step that was only recorded has changed on the host."""
-        self._precision.forget_unscaling()
-        self._optimizer.sgd.zero_grad(set_to_none=True)
 
     def _without_sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Under DDP only the last micro-batch exchanges gradients."""

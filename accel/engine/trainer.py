@@ -19,7 +19,7 @@ from accel.engine.config import Recipe
 from accel.engine.data import open_loader, open_shared_dataset
 from accel.engine.distributed import World
 from accel.engine.evaluate import evaluate
-from accel.engine.execution import open_graphs
+from accel.engine.execution import Launcher
 from accel.engine.gpu_sampling import GpuSampler
 from accel.engine.journal import Journal, Progress, read_journal, rewind_journal
 from accel.engine.memory import keep_freed_memory
@@ -28,6 +28,7 @@ from accel.engine.optim import Optimizer
 from accel.engine.precision import Precision
 from accel.engine.profiling import RECORDERS, StepProfiler
 from accel.engine.recorder import StepRecorder, rates
+from accel.engine.rehearsal import Rehearsal, random_batch
 from accel.engine.report import draw_curves
 from accel.engine.run import RunFolder, environment, resolve_device
 from accel.engine.schedule import lr_factor
@@ -97,7 +98,7 @@ class Trainer:
             frames_per_segment=recipe.model.frames_per_segment,
         )
         self.accumulation = self._accumulation()
-        self.graphs = open_graphs(recipe, self.device, self.world, self.accumulation)
+        self._launcher = Launcher(recipe, self.device, self.world, self.accumulation)
         self._loaders: list[Loader] = []
         self._quarantines: list[Quarantine] = []
         if self.world.is_main:
@@ -110,8 +111,12 @@ class Trainer:
             self.counters = Counters()
             self.scores: Scores | None = None
             self.best_top1 = -1.0
+            self.execution = "eager"
             if found is not None:
                 self._restore(*found, resume_allow)
+            stored = found[1].get("execution") if found is not None else None
+            if not self.finished():
+                self.execution = self._launcher.settle(self.step, self._rehearse, stored)
         except BaseException:
             self.close()
             raise
@@ -349,6 +354,7 @@ class Trainer:
             f"best_val_{self.rating_name}": self.best_top1,
             "loader": self.train_loader.description,
             "unusable": [video for each in self._quarantines for video in each.summary()],
+            "execution": self.execution,
             "gpu": self.gpu.summary(),
             "recipe_sha256": configs.fingerprint(self.recipe),
         }
@@ -413,8 +419,10 @@ class Trainer:
             world=self.world,
             ranges=self.ranges,
         )
-        if self.graphs:
-            self.step.replay_with(self.graphs)
+
+    def _rehearse(self) -> Rehearsal:
+        clips, classes = self.recipe.train.micro_batch, self.dataset.num_classes
+        return Rehearsal(self.step, random_batch(self.recipe, clips, classes, self.device))
 
     def _open_profiler(self) -> StepProfiler:
         log = self.recipe.log
@@ -427,7 +435,8 @@ class Trainer:
 
     def _wrapped_model(self) -> nn.Module:
         # DDP remembers the stream it was made on, and exchanges gradients there.
-        with self.graphs.side_stream() if self.graphs else contextlib.nullcontext():
+        graphs = self._launcher.graphs
+        with graphs.side_stream() if graphs else contextlib.nullcontext():
             return self.world.wrap(
                 self.model,
                 self.device,
@@ -485,6 +494,7 @@ class Trainer:
             "class_names": list(self.dataset.class_names),
             "decoders": self._decoders(),
             "world_size": self.world.size,
+            "execution": self.execution,
             "best_top1": self.best_top1,
         }
 

@@ -135,7 +135,7 @@ class Run:
                     self.step._results,
                 ]
             )
-            self.replay = self.step.replay_with(self.tape)
+            self.replay = self.step.launch("graph", self.tape)
 
     def train(self, steps, batch=3, start=0, odd=()):
         metrics = []
@@ -317,7 +317,7 @@ def test_on_a_gpu(accumulation):
             world=World(),
             ranges=Ranges("off"),
         )
-        replay = step.replay_with(module.DeviceGraphs(device)) if replayed else None
+        replay = step.launch("graph", module.DeviceGraphs(device)) if replayed else None
         losses = []
         for iteration in range(10):
             optimizer.set_lr(1 / (1 + iteration))

@@ -138,7 +138,7 @@ def test_a_skipped_step_changes_nothing_at_all():
     assert metrics[2] == 1
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
-    assert train_step._precision.scaler.get_scale() == 2.0**126
+    assert train_step.precision.scaler.get_scale() == 2.0**126
 
 
 def test_an_applied_step_moves_the_statistics_as_without_the_guard():
