@@ -143,7 +143,9 @@ class Network:
             ranges=ranges,
         )
         ranges.mark(self.model.named_parts())
-        self.graph = self.step.replay_with(DeviceGraphs(args.device)) if mode == "graph" else None
+        self.graph = (
+            self.step.launch("graph", DeviceGraphs(args.device)) if mode == "graph" else None
+        )
         if args.layout == "nchw":
             use_nchw(self.model)
         self.own_bytes = _allocated(args.device) - before
