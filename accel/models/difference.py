@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from accel.models.config import ModelConfig
 from accel.models.heads import ConsensusHead
 from accel.models.network import ClipNetwork
+from accel.models.norm import conv_norm
 from accel.models.resnet import ResNet, to_channels_last
 
 
@@ -130,7 +131,7 @@ class DifferenceResNet(ResNet):
         frames = frames.contiguous(memory_format=torch.channels_last)
         s = self.difference_stem(frames)  # [NT, width, H/8, W/8], or H/4 and W/4
         x = frames[:, 6:9].contiguous(memory_format=torch.channels_last)  # f3
-        x = self.maxpool(self.bn1(self.conv1(x)))  # [NT, width, H/4, W/4]
+        x = self.maxpool(conv_norm(self.conv1, self.bn1, x))  # [NT, width, H/4, W/4]
         x = self.fuse_stem(x, s)
         first, *others = (self.get_submodule(name) for name in self.stage_names)
         x = self.fuse_layer1(first(x), self.difference_layer1(s))  # [NT, C_1, H/4, W/4]

@@ -16,7 +16,7 @@ from accel.errors import ConfigError
 from accel.models.config import ModelConfig
 from accel.models.difference import DifferenceResNet, difference_network, inflate_kernel
 from accel.models.network import ClipNetwork
-from accel.models.norm import BatchNormAct2d
+from accel.models.norm import BatchNormAct2d, ConvBeforeNorm2d, conv_norm
 from accel.models.tdn import DifferenceStem
 from accel.models.tsm import Shift
 
@@ -165,7 +165,7 @@ class MotionModule(nn.Module):
         super().__init__()
         self.group = group
         inner = max(channels // 4, 1)
-        self.conv_down = nn.Conv2d(channels, inner, 1)
+        self.conv_down = ConvBeforeNorm2d(channels, inner, 1)
         self.motion_offset = DeformConv(inner, 3)
         self.motion_offset_7 = DeformConv(inner, 5)  # the published name of the 5x5 one
         self.bn1 = BatchNormAct2d(inner, relu=False)
@@ -174,7 +174,7 @@ class MotionModule(nn.Module):
         self.conv = nn.Conv2d(inner, channels, 1)
         self.time_conv = nn.Conv3d(inner, inner, 3, padding=1)
         self.bn_t = nn.BatchNorm3d(inner)
-        self.conv1 = nn.Conv2d(inner, inner, 1)
+        self.conv1 = ConvBeforeNorm2d(inner, inner, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate of every row and channel.
@@ -186,13 +186,13 @@ class MotionModule(nn.Module):
             [rows, C] in (0.5, 1.5), float32 (float64 for a float64 model).
         """
         x = x.contiguous(memory_format=torch.channels_last)
-        q = self.bn1(self.conv_down(x))  # [rows, c, H, W]
+        q = conv_norm(self.conv_down, self.bn1, x)  # [rows, c, H, W]
         groups = torch.unflatten(q.permute(0, 2, 3, 1), 0, (-1, self.group))  # [M, g, H, W, c]
         following = groups[:, 1:].flatten(0, 1).permute(0, 3, 1, 2)  # [M*(g-1), c, H, W]
         present = groups[:, :-1].flatten(0, 1).permute(0, 3, 1, 2)
         aligned = self.motion_offset(following) + self.motion_offset_7(following)
         pooled = F.max_pool2d(following, 3, stride=1, padding=1)
-        motion = (aligned + self.bn3(self.conv1(pooled)) - 3 * present).abs()
+        motion = (aligned + conv_norm(self.conv1, self.bn3, pooled) - 3 * present).abs()
         summary = self.bn_t(self.time_conv(groups.permute(0, 4, 1, 2, 3)))  # [M, c, g, H, W]
         with torch.autocast(x.device.type, enabled=False):
             wide = self.bn2.weight.dtype

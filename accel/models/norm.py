@@ -1,7 +1,10 @@
-"""Batch normalization with what follows it in a residual block: shortcut addition and ReLU."""
+"""Batch normalization with what surrounds it in a residual block.
+
+Behind it: shortcut addition and ReLU. Before it: a convolution whose bias it cancels.
+"""
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +85,47 @@ class BatchNormAct2d(nn.BatchNorm2d):
             pool=pool,
             all_reduce=self.all_reduce,
         )
+
+
+class ConvBeforeNorm2d(nn.Conv2d):
+    """`nn.Conv2d` that can be told that a norm cancels its bias, if it has one: see `conv_norm`."""
+
+    def forward(self, input: Tensor, *, bias_cancels: bool = False) -> Tensor:
+        if self.bias is None or not bias_cancels:
+            return super().forward(input)
+        y = self._conv_forward(input, self.weight, self.bias.detach())
+        without_sum: Tensor = _ZeroGradient.apply(y, self.bias)  # type: ignore[no-untyped-call]
+        return without_sum
+
+
+def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor, *args: Any, **options: Any) -> Any:
+    """norm(conv(x), *args, **options); in training without computing the bias's gradient.
+
+    The statistics of a batch take the bias of a `ConvBeforeNorm2d` out again, so its gradient is 0.
+    It is set to that, instead of summing the output's gradient over all pixels to rounding errors.
+
+    Args:
+        conv: [B, C, H, W] -> [B, C', h, w].
+        norm: batch norm with running statistics.
+        x: [B, C, H, W].
+        *args, **options: of the norm.
+    """
+    if isinstance(conv, ConvBeforeNorm2d):
+        return norm(conv(x, bias_cancels=norm.training), *args, **options)
+    return norm(conv(x), *args, **options)
+
+
+class _ZeroGradient(torch.autograd.Function):
+    """The first argument; the second gets a gradient of zeros, not none: its decay goes on."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(bias)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return dy, torch.zeros_like(ctx.saved_tensors[0])
 
 
 def set_implementation(model: nn.Module, implementation: Implementation) -> None:

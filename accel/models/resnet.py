@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from accel.models.norm import BatchNormAct2d
+from accel.models.norm import BatchNormAct2d, ConvBeforeNorm2d, conv_norm
 
 TemporalFactory = Callable[[int, int], nn.Module | None]
 """Makes the temporal module of one block (None: none), given the channels at the slot and the
@@ -25,11 +25,19 @@ BLOCKS_PER_STAGE = {
 }
 
 
-def _shortcut(inplanes: int, outplanes: int, stride: int, bias: bool) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inplanes, outplanes, 1, stride=stride, bias=bias),
-        BatchNormAct2d(outplanes, relu=False),
-    )
+class _Shortcut(nn.Sequential):
+    """1x1 convolution and norm, without ReLU."""
+
+    def __init__(self, inplanes: int, outplanes: int, stride: int, bias: bool) -> None:
+        super().__init__(
+            ConvBeforeNorm2d(inplanes, outplanes, 1, stride=stride, bias=bias),
+            BatchNormAct2d(outplanes, relu=False),
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        conv, norm = self
+        y: Tensor = conv_norm(conv, norm, input)
+        return y
 
 
 def to_channels_last(module: nn.Module) -> None:
@@ -44,14 +52,16 @@ def to_channels_last(module: nn.Module) -> None:
             parameter.data = weight.as_strided(weight.shape, strides)
 
 
-def _norm_and_temporal(norm: BatchNormAct2d, temporal: nn.Module, x: Tensor) -> Tensor:
-    """What fills the slot, behind its norm; a module with `takes_pooled` also gets the means."""
+def _conv_norm_temporal(
+    conv: nn.Module, norm: BatchNormAct2d, temporal: nn.Module, x: Tensor
+) -> Tensor:
+    """A convolution, its norm, and what fills the slot; with `takes_pooled` that gets the means."""
     y: Tensor
     if getattr(temporal, "takes_pooled", False):
-        y, pooled = norm(x, pool=True)
+        y, pooled = conv_norm(conv, norm, x, pool=True)
         y = temporal(y, pooled)
     else:
-        y = temporal(norm(x))
+        y = temporal(conv_norm(conv, norm, x))
     return y
 
 
@@ -80,18 +90,18 @@ class BasicBlock(nn.Module):
         temporal: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride=stride, padding=1, bias=bias)
+        self.conv1 = ConvBeforeNorm2d(inplanes, planes, 3, stride=stride, padding=1, bias=bias)
         self.bn1 = BatchNormAct2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=bias)
+        self.conv2 = ConvBeforeNorm2d(planes, planes, 3, padding=1, bias=bias)
         self.bn2 = BatchNormAct2d(planes)
-        self.downsample = _shortcut(inplanes, planes, stride, bias) if downsample else nn.Identity()
+        self.downsample = _Shortcut(inplanes, planes, stride, bias) if downsample else nn.Identity()
         self.temporal = temporal or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         # Our extension: the published temporal modules exist for bottlenecks only. The slot is at
         # the same place, after the first convolution, which here already has the stride.
-        y = _norm_and_temporal(self.bn1, self.temporal, self.conv1(x))  # [NT, planes, H/s, W/s]
-        out: Tensor = self.bn2(self.conv2(y), self.downsample(x))
+        y = _conv_norm_temporal(self.conv1, self.bn1, self.temporal, x)  # [NT, planes, H/s, W/s]
+        out: Tensor = conv_norm(self.conv2, self.bn2, y, self.downsample(x))
         return out
 
 
@@ -122,21 +132,22 @@ class Bottleneck(nn.Module):
     ) -> None:
         super().__init__()
         outplanes = planes * self.expansion
-        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=bias)
+        self.conv1 = ConvBeforeNorm2d(inplanes, planes, 1, bias=bias)
         self.bn1 = BatchNormAct2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, stride=stride, padding=1, bias=bias)
+        self.conv2 = ConvBeforeNorm2d(planes, planes, 3, stride=stride, padding=1, bias=bias)
         self.bn2 = BatchNormAct2d(planes)
-        self.conv3 = nn.Conv2d(planes, outplanes, 1, bias=bias)
+        self.conv3 = ConvBeforeNorm2d(planes, outplanes, 1, bias=bias)
         self.bn3 = BatchNormAct2d(outplanes)
         self.downsample = (
-            _shortcut(inplanes, outplanes, stride, bias) if downsample else nn.Identity()
+            _Shortcut(inplanes, outplanes, stride, bias) if downsample else nn.Identity()
         )
         self.temporal = temporal or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _norm_and_temporal(self.bn1, self.temporal, self.conv1(x))  # [NT, planes, H, W]
-        y = self.bn2(self.conv2(y))  # [NT, planes, H/s, W/s]
-        out: Tensor = self.bn3(self.conv3(y), self.downsample(x))  # [NT, 4*planes, H/s, W/s]
+        y = _conv_norm_temporal(self.conv1, self.bn1, self.temporal, x)  # [NT, planes, H, W]
+        y = conv_norm(self.conv2, self.bn2, y)  # [NT, planes, H/s, W/s]
+        # [NT, 4*planes, H/s, W/s]
+        out: Tensor = conv_norm(self.conv3, self.bn3, y, self.downsample(x))
         return out
 
 
@@ -175,7 +186,9 @@ class ResNet(nn.Module):
             raise ValueError(f"ResNet: stages must be in 1..4, got {stages}.")
         small = stem == "small"
         kernel = 3 if small else 7
-        self.conv1 = nn.Conv2d(in_channels, width, kernel, stride=2, padding=kernel // 2, bias=bias)
+        self.conv1 = ConvBeforeNorm2d(
+            in_channels, width, kernel, stride=2, padding=kernel // 2, bias=bias
+        )
         self.bn1 = BatchNormAct2d(width)
         self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, stride=2, padding=1)
 
@@ -217,7 +230,7 @@ class ResNet(nn.Module):
             [NT, out_channels, h, w], channels_last.
         """
         x = frames.contiguous(memory_format=torch.channels_last)
-        x = self.bn1(self.conv1(x))  # [NT, width, H/2, W/2]
+        x = conv_norm(self.conv1, self.bn1, x)  # [NT, width, H/2, W/2]
         x = self.maxpool(x)  # [NT, width, H/4, W/4]
         for name in self.stage_names:
             x = self.get_submodule(name)(x)  # [NT, C_i, H/2^(i+2), W/2^(i+2)]

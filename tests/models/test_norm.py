@@ -5,7 +5,13 @@ import torch
 
 from accel.errors import ConfigError
 from accel.models import build_model, norm
-from accel.models.norm import BatchNormAct2d, set_implementation, synchronize
+from accel.models.norm import (
+    BatchNormAct2d,
+    ConvBeforeNorm2d,
+    conv_norm,
+    set_implementation,
+    synchronize,
+)
 
 pytestmark = pytest.mark.needs_extension
 
@@ -142,3 +148,25 @@ def test_synchronized_norms_sum_over_the_processes():
     torch.testing.assert_close(step[1], step[0] * factor, rtol=1e-12, atol=1e-12)
     together.eval()(x)
     assert len(sizes) == 2
+
+
+@pytest.mark.parametrize("implementation", ["torch", "fused"])
+def test_bias_before_a_norm_has_no_gradient_in_training(implementation):
+    """All else is as in the plain chain, where that gradient has rounding errors."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4, 3, 6, 6, generator=generator, dtype=torch.float64)
+    conv = ConvBeforeNorm2d(3, 8, 3, bias=True).double()
+    norms = _pair()
+    for norm_ in norms:
+        norm_.implementation = implementation
+    for training in (True, True, False):
+        results = []
+        for norm_, chain in zip(norms, (conv_norm, lambda c, n, v: n(c(v))), strict=True):
+            conv.zero_grad()
+            y = chain(conv, norm_.train(training), x)
+            y.square().sum().backward()
+            results.append((y, conv.weight.grad, *norm_.state_dict().values(), conv.bias.grad))
+        (*values, db), (*expected, expected_db) = results
+        assert all(torch.equal(*pair) for pair in zip(values, expected, strict=True))
+        torch.testing.assert_close(db, expected_db, rtol=0, atol=1e-10)
+        assert bool(db.any()) != training
