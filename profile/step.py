@@ -6,8 +6,13 @@
     python profile/step.py --models tsn@torch,tsn@fused,tsn@torch+compile  # implementations
 
 A step is what training does: normalize the stored pixels, forward, loss, backward, clip the
-gradients, fused SGD. TSN and a copy of 256 MB run in the same process, and the networks take turns
-(A, B, A, B, ..), so that whatever else the machine does hits all of them. See profile/README.md.
+gradients, fused SGD. The networks take turns with TSN (A, B, A, B, ..), so that whatever else the
+machine does hits all of them, and a copy of 256 MB is measured beside them. See profile/README.md.
+
+On a CPU every network of "compute" has a process of its own, as in training, and takes its turns
+with TSN alone, which is measured anew beside each. In one process, networks would allocate from one
+heap: blocks that one frees do not fit the next, and its pages are mapped and cleared anew in every
+step, which costs the networks with many maps most and no training run at all.
 """
 
 import argparse
@@ -16,9 +21,10 @@ import json
 import os
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,81 +47,42 @@ from pipelines.datasets import Dataset, open_dataset
 from pipelines.errors import DataError
 from pipelines.loader import Batch, Loader, build_loader
 
+sys.path.insert(0, str(Path(__file__).parent))  # so that tests can load this file as a module
+
+from step_turns import Clock, NetworkProcess, Times
+
 NUM_CLASSES = 174  # of the random labels in compute mode
 COPY_BYTES = 256 * 2**20
 GEMM_SIDE = 4096
+SERVE = "--serve-network"  # what a process of `NetworkProcess` is started with
 ROUNDS = 5  # turns of each network in the modes with a loader
 SKIPPED = 4  # batches at the start of such a turn: the loader fills its queue meanwhile
 
 
-@dataclass
-class Times:
-    """Times of one thing that was repeated, milliseconds."""
-
-    wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-    """Of all threads of this process."""
-
-    def summary(self) -> dict[str, float]:
-        """Median, 10 % and 90 % quantiles and minimum of the wall times; the CPU times alike."""
-        ordered = sorted(self.wall)
-        last = len(ordered) - 1
-        values = {
-            "step_ms": statistics.median(ordered),
-            "p10_ms": ordered[round(0.1 * last)],
-            "p90_ms": ordered[round(0.9 * last)],
-            "min_ms": ordered[0],
-            "cpu_ms": statistics.median(self.cpu),
-            "cpu_min_ms": min(self.cpu),
-        }
-        return {key: round(value, 4) for key, value in values.items()}
-
-
-class Clock:
-    """Measures calls: CUDA events on a GPU, the wall clock elsewhere; process time beside it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-
-    def __call__(self, times: Times, function: Callable[[], object], count: int = 1) -> None:
-        """Add the time of one of `count` units of work that `function` does."""
-        cpu = time.process_time()
-        if self._cuda:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            function()
-            end.record()
-            end.synchronize()
-            wall = start.elapsed_time(end)
-        else:
-            begin = time.perf_counter()
-            function()
-            wall = (time.perf_counter() - begin) * 1e3
-        times.wall.append(wall / count)
-        times.cpu.append((time.process_time() - cpu) * 1e3 / count)
+def parsed(label: str, args: argparse.Namespace) -> tuple[ModelConfig, str]:
+    """The network that a label of --models stands for, and how it runs: "", compile or graph."""
+    wanted, _, mode = label.partition("+")
+    wanted, _, batch_norm = wanted.partition("@")
+    name, _, variant = wanted.partition(":")
+    if name not in list_models():
+        known = ", ".join(list_models())
+        raise ConfigError(f"--models: unknown network {name!r}; known are {known}.")
+    if mode not in ("", "compile", "graph"):
+        raise ConfigError(f'--models: expected "+compile" or "+graph" at the end, got {label!r}.')
+    if mode == "graph" and args.device.type != "cuda":
+        raise ConfigError(f"--models: {label}: CUDA graphs need --device cuda.")
+    reduced = {"depth": args.depth, "width": args.width, "stages": args.stages}
+    chosen = {"variant": variant, "batch_norm": batch_norm}
+    options = reduced | {k: v for k, v in chosen.items() if v} | {"stem": args.stem}
+    return ModelConfig(name=name, **options), mode  # type: ignore[arg-type]
 
 
 class Network:
     """One network with its optimizer, and what was measured of it."""
 
     def __init__(self, label: str, args: argparse.Namespace, num_classes: int) -> None:
-        wanted, _, mode = label.partition("+")
-        wanted, _, batch_norm = wanted.partition("@")
-        name, _, variant = wanted.partition(":")
-        if name not in list_models():
-            known = ", ".join(list_models())
-            raise ConfigError(f"--models: unknown network {name!r}; known are {known}.")
-        if mode not in ("", "compile", "graph"):
-            raise ConfigError(
-                f'--models: expected "+compile" or "+graph" at the end, got {label!r}.'
-            )
-        if mode == "graph" and args.device.type != "cuda":
-            raise ConfigError(f"--models: {label}: CUDA graphs need --device cuda.")
+        config, mode = parsed(label, args)
         self.compiled = mode == "compile"
-        reduced = {"depth": args.depth, "width": args.width, "stages": args.stages}
-        chosen = {"variant": variant, "batch_norm": batch_norm}
-        options = reduced | {k: v for k, v in chosen.items() if v} | {"stem": args.stem}
-        config = ModelConfig(name=name, **options)  # type: ignore[arg-type]
         self.label = label
         self.recipe = Recipe(model=config, sampling=SamplingConfig(num_segments=args.frames))
         data = self.recipe.data
@@ -165,6 +132,16 @@ class Network:
             self.last = self.step(batches, self.iteration)  # [loss, gradient norm, skipped]
             self.iteration += 1
 
+    def described(self) -> dict[str, Any]:
+        """What is known besides times, after the last step."""
+        known: dict[str, Any] = {
+            "loss": round(float(self.last[0]), 4),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+        }
+        if self.graph is not None and self.graph.problem:
+            known["graph_problem"] = self.graph.problem  # its steps ran eagerly
+        return known | self.facts
+
 
 def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
@@ -201,37 +178,80 @@ def machine_rates(args: argparse.Namespace, clock: Clock) -> dict[str, float]:
     return rates
 
 
+def own_batches(network: Network, args: argparse.Namespace) -> Iterator[Batch]:
+    """One random batch of the network's clip length, for ever."""
+    shape = (args.batch, network.frames_per_clip, args.size, args.size, 3)
+    clips = torch.randint(0, 256, shape, dtype=torch.uint8, device=args.device)
+    labels = torch.arange(args.batch, device=args.device) % NUM_CLASSES
+    return itertools.repeat(Batch(clips, labels, labels))
+
+
+def count_work(network: Network, batches: Iterator[Batch], args: argparse.Namespace) -> None:
+    """Count operations and memory of a step, and compile the network if that is asked for."""
+    with FlopCounterMode(display=False) as counter:
+        network.train(batches)
+    if network.compiled:  # not before: the counter sees no operations of compiled code
+        network.model.compile()
+    network.facts["gflop_per_clip"] = round(counter.get_total_flops() / args.batch / 1e9, 3)
+    if args.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(args.device)
+        others = _allocated(args.device) - network.own_bytes
+        network.train(batches)
+        peak = torch.cuda.max_memory_allocated(args.device) - others
+        network.facts["peak_gib"] = round(peak / 2**30, 3)
+
+
 def measure_compute(networks: list[Network], args: argparse.Namespace, clock: Clock) -> None:
-    """Interleaved steps on one random batch per clip length."""
-    device = args.device
-    clips = {
-        length: torch.randint(
-            0, 256, (args.batch, length, args.size, args.size, 3), dtype=torch.uint8, device=device
-        )
-        for length in sorted({network.frames_per_clip for network in networks})
-    }
-    labels = torch.arange(args.batch, device=device) % NUM_CLASSES
-    batches = {
-        length: itertools.repeat(Batch(values, labels, labels)) for length, values in clips.items()
-    }
-    for network in networks:
-        own = batches[network.frames_per_clip]
-        with FlopCounterMode(display=False) as counter:
-            network.train(own)
-        if network.compiled:  # not before: the counter sees no operations of compiled code
-            network.model.compile()
-        network.facts["gflop_per_clip"] = round(counter.get_total_flops() / args.batch / 1e9, 3)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            others = _allocated(device) - network.own_bytes
-            network.train(own)
-            peak = torch.cuda.max_memory_allocated(device) - others
-            network.facts["peak_gib"] = round(peak / 2**30, 3)
+    """Interleaved steps in this process, each network on its own random batch."""
+    batches = [own_batches(network, args) for network in networks]
+    for network, own in zip(networks, batches, strict=True):
+        count_work(network, own, args)
     for index in range(args.warmups + args.steps):
-        for network in networks:
-            step = network.times if index >= args.warmups else Times()
-            own = batches[network.frames_per_clip]
-            clock(step, lambda network=network, own=own: network.train(own))
+        for network, own in zip(networks, batches, strict=True):
+            times = network.times if index >= args.warmups else Times()
+            clock(times, lambda network=network, own=own: network.train(own))
+
+
+def serve(label: str, args: argparse.Namespace) -> None:
+    """The other side of `NetworkProcess`: a process that does steps of one network."""
+    prepare(args)
+    network = Network(label, args, NUM_CLASSES)
+    batches = own_batches(network, args)
+    count_work(network, batches, args)
+    clock = Clock(args.device)
+    print(json.dumps("ready"), flush=True)
+    for _ in sys.stdin:
+        times = Times()
+        clock(times, lambda: network.train(batches))
+        print(json.dumps([times.wall[0], times.cpu[0], network.described()]), flush=True)
+
+
+def measure_in_processes(labels: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of TSN and of the labels, each of which takes turns with TSN."""
+    settings = json.dumps(vars(args) | {"device": args.device.type})
+
+    def start(label: str) -> NetworkProcess:
+        process = NetworkProcess(label, [sys.executable, __file__, SERVE, label, settings])
+        stack.callback(process.close)
+        return process
+
+    base_times, rows = Times(), []
+    with ExitStack() as stack:
+        base = start("tsn")
+        for label in labels or ["tsn"]:
+            network = start(label) if labels else base
+            beside, times = Times(), Times()
+            for index in range(args.warmups + args.steps):
+                measured = index >= args.warmups
+                base.step(beside if measured else Times())
+                if network is not base:
+                    network.step(times if measured else Times())
+            base_times.wall += beside.wall
+            base_times.cpu += beside.cpu
+            if network is not base:
+                rows.append(row(label, times, beside, network.facts, args))
+                network.close()
+        return [row("tsn", base_times, base_times, base.facts, args), *rows]
 
 
 def open_loaders(
@@ -283,26 +303,20 @@ def measure_with_loader(
             loader.close()
 
 
-def results(networks: list[Network], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row per network; ratios are to TSN of the same run."""
-    base = networks[0].times.summary()
-    rows = []
-    for network in networks:
-        times = network.times.summary()
-        row = {"model": network.label, **times}
-        row["clips_per_s"] = round(args.batch * 1e3 / times["step_ms"], 3)
-        for key in ("step_ms", "min_ms", "cpu_ms"):
-            suffix = "" if key == "step_ms" else f"_{key.removesuffix('_ms')}"
-            row[f"ratio_to_tsn{suffix}"] = round(times[key] / max(base[key], 1e-9), 4)
-        if args.mode != "loader":
-            row["loss"] = round(float(network.last[0]), 4)
-            row["parameters"] = sum(p.numel() for p in network.model.parameters())
-        if flops := network.facts.get("gflop_per_clip"):
-            network.facts["tflops"] = round(flops * row["clips_per_s"] / 1e3, 4)
-        if network.graph is not None and network.graph.problem:
-            network.facts["graph_problem"] = network.graph.problem  # its steps ran eagerly
-        rows.append({**row, **network.facts})
-    return rows
+def row(
+    label: str, own: Times, base: Times, facts: dict[str, Any], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Results of one network; ratios are to `base`, the times of TSN."""
+    times, base_times = own.summary(), base.summary()
+    values: dict[str, Any] = {"model": label, **times}
+    values["clips_per_s"] = round(args.batch * 1e3 / times["step_ms"], 3)
+    for key in ("step_ms", "min_ms", "cpu_ms"):
+        suffix = "" if key == "step_ms" else f"_{key.removesuffix('_ms')}"
+        values[f"ratio_to_tsn{suffix}"] = round(times[key] / max(base_times[key], 1e-9), 4)
+    values |= facts
+    if flops := facts.get("gflop_per_clip"):
+        values["tflops"] = round(flops * values["clips_per_s"] / 1e3, 4)
+    return values
 
 
 def parse_args() -> argparse.Namespace:
@@ -321,7 +335,7 @@ def parse_args() -> argparse.Namespace:
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--layout", choices=["channels_last", "nchw"], default="channels_last")
     add("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice")
-    add("--warmups", type=int, default=-1, help="default: 20 on CUDA, 1 on the CPU")
+    add("--warmups", type=int, default=-1, help="default: 20 on CUDA, 3 on the CPU")
     add("--steps", type=int, default=0, help="per network; default: 100, compute on the CPU: 10")
     add("--data", default="", help="folder of class folders for loader, train; default: motion8")
     add("--depth", type=int, default=50, help="layers of the ResNet")
@@ -340,7 +354,7 @@ def parse_args() -> argparse.Namespace:
     for name, value in positive.items():
         if value < 1:
             raise ConfigError(f"--{name}: expected a number >= 1, got {value}.")
-    args.warmups = args.warmups if args.warmups >= 0 else (20 if cuda else 1)
+    args.warmups = args.warmups if args.warmups >= 0 else (20 if cuda else 3)
     args.steps = args.steps or (100 if cuda or args.mode != "compute" else 10)
     args.device = torch.device(args.device)
     return args
@@ -354,36 +368,63 @@ def _batch_that_fits(precision: str) -> int:
     return 64 if gib > 70 else 16 if gib > 20 else 8 if gib > 8 else 4
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that the command reports."""
+def prepare(args: argparse.Namespace) -> None:
+    """Settings of a process that trains."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.device == "cpu":
+    if args.device.type == "cpu":
         keep_freed_memory()
     set_deterministic(False)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that the command reports."""
+    prepare(args)
     labels = [label for label in args.models.split(",") if label] or list_models()
-    dataset = None
-    if args.mode != "compute":
-        generate = "none" if args.data else "motion8"
-        dataset = open_dataset(DataConfig(root=args.data, generate=generate))  # type: ignore[arg-type]
-    num_classes = dataset.num_classes if dataset else NUM_CLASSES
-    networks = [
-        Network(label, args, num_classes) for label in dict.fromkeys(["tsn", *labels])
-    ]  # TSN first
+    labels = [label for label in dict.fromkeys(labels) if label != "tsn"]
+    for label in labels:
+        parsed(label, args)  # refuse what is wrong before anything runs
     clock = Clock(args.device)
     report: dict[str, Any] = {"environment": environment(args.device)}
     report["settings"] = {**vars(args), "device": args.device.type}
     report["machine"] = machine_rates(args, clock)
     report["load_before"] = os.getloadavg()
+    if args.mode == "compute" and args.device.type == "cpu":
+        rows = measure_in_processes(labels, args)
+    else:
+        networks = measure_here(["tsn", *labels], args, clock, report)
+        rows = [
+            row(
+                network.label,
+                network.times,
+                networks[0].times,
+                network.facts if args.mode == "loader" else network.described(),
+                args,
+            )
+            for network in networks
+        ]
+    report["load_after"] = os.getloadavg()
+    report["models"] = rows
+    return report
+
+
+def measure_here(
+    labels: list[str], args: argparse.Namespace, clock: Clock, report: dict[str, Any]
+) -> list[Network]:
+    """The networks, measured in this process."""
+    dataset = None
+    if args.mode != "compute":
+        generate = "none" if args.data else "motion8"
+        dataset = open_dataset(DataConfig(root=args.data, generate=generate))  # type: ignore[arg-type]
+    num_classes = dataset.num_classes if dataset else NUM_CLASSES
+    networks = [Network(label, args, num_classes) for label in labels]
     if dataset is None:
         measure_compute(networks, args, clock)
     else:
         loaders = open_loaders(networks, dataset, args)
         report["loader"] = loaders[0].description
         measure_with_loader(networks, loaders, args, clock)
-    report["load_after"] = os.getloadavg()
-    report["models"] = results(networks, args)
-    return report
+    return networks
 
 
 def table(report: dict[str, Any]) -> str:
@@ -399,10 +440,16 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main() -> int:
+    if sys.argv[1:2] == [SERVE]:
+        label, settings = sys.argv[2:]
+        args = argparse.Namespace(**json.loads(settings))
+        args.device = torch.device(args.device)
+        serve(label, args)
+        return 0
     try:
         args = parse_args()
         report = measure(args)
-    except (ConfigError, DataError, ValueError) as error:
+    except (ConfigError, DataError, ValueError, ChildProcessError) as error:
         print(f"step: {error}", file=sys.stderr)
         return 2
     print(table(report))
