@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
@@ -60,6 +61,23 @@ class World:
         box = [message]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def differences(self, facts: Mapping[str, object]) -> str | None:
+        """Which ranks have other facts than rank 0, and in what; the same on all. None: nobody.
+
+        Args:
+            facts: plain data, with the same keys on every rank.
+        """
+        if self.size == 1:
+            return None
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, dict(facts))
+        lines = []
+        for rank, theirs in enumerate(gathered):
+            changed = [key for key in facts if theirs[key] != gathered[0][key]]
+            if changed:
+                lines.append(f"rank {rank} differs from rank 0 in {', '.join(changed)}")
+        return "; ".join(lines) or None
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -107,6 +107,7 @@ class Trainer:
             self.store = CheckpointStore(self.folder.checkpoints, recipe.checkpoint.keep_last)
             found = find_checkpoint(resume, self.folder, self.store, recipe)
             self.dataset = self._open_dataset()
+            self._check_agreement(found[0].name if found is not None else "none")
             self._build(pretrained=found is None)
             self.counters = Counters()
             self.scores: Scores | None = None
@@ -443,6 +444,32 @@ class Trainer:
                 accumulation=self.accumulation,
                 compression=self.recipe.run.compress_gradients,
                 ranges=self.ranges,
+            )
+
+    def _check_agreement(self, checkpoint: str) -> None:
+        """Refuse ranks that were started with other settings, files or code than rank 0."""
+        if self.world.size == 1:
+            return
+        code = environment(self.device)
+        changing = {
+            f"{section}.{key}": value
+            for section, values in configs.to_dict(self.recipe).items()
+            for key, value in values.items()
+            if not configs.is_harmless(f"{section}.{key}")
+        }
+        videos = {
+            f"the {split} list": digest for split, digest in self.dataset.fingerprints.items()
+        }
+        facts = {
+            **changing,
+            **videos,
+            "the checkpoint to continue": checkpoint,
+            "code": code["revision"] or accel.__version__,
+            "torch": code["versions"]["torch"],
+        }
+        if differences := self.world.differences(facts):
+            raise ConfigError(
+                f"{differences}; start every process with the same command, files and code."
             )
 
     def _open_dataset(self) -> Dataset:

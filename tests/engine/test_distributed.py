@@ -177,3 +177,20 @@ def test_a_killed_rank_ends_the_job_with_its_number_and_restarts_are_exact(
     _, errors = again.communicate(timeout=240)
     assert again.returncode == 0, errors
     assert steps_of(out) == steps_of(tmp_path / "whole")
+
+
+def test_ranks_that_disagree_are_refused_at_once(tiny_recipe, tmp_path):
+    script = Path(__file__).resolve().parents[2] / "train.py"
+    train = f"{sys.executable} {script} --recipe {tiny_recipe} --out {tmp_path / 'run'}"
+    other = 'if [ "$RANK" = 1 ]; then set -- --optim.lr 0.03 --run.seed 1; fi; '
+    launcher = [sys.executable, *_torchrun(2, "--no-python")]
+    answer = subprocess.run(
+        [*launcher, "sh", "-c", f'{other}exec {train} "$@"'],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert answer.returncode != 0 and "exitcode  : 2" in answer.stderr
+    sentence = "rank 1 differs from rank 0 in optim.lr, run.seed; start every process with the same"
+    assert answer.stderr.count(sentence) == 1
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
