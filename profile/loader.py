@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from loader_peers import IMAGE_READERS, VIDEO_READERS, Clip, Peer, available
 
 from pipelines.config import AugmentConfig, DataConfig, LoaderConfig, SamplingConfig
@@ -110,12 +111,17 @@ class Ours:
             seed=0,
             micro_batch=args.batch,
             global_batch=args.batch,
+            device=torch.device(args.device),
         )
+        self._device = args.device
         self._epochs = itertools.count(1)
 
     def batches(self) -> Iterator[Any]:
-        """One epoch."""
-        return iter(batch.labels for batch in self.loader.epoch(next(self._epochs)))
+        """One epoch, its clips on the device."""
+        for batch in self.loader.epoch(next(self._epochs)):
+            yield batch.labels
+        if self._device == "cuda":
+            torch.cuda.synchronize()
 
     def cpu_s(self) -> float:
         """Processor time of this process so far."""
@@ -133,16 +139,20 @@ def turn(source: Ours | Peer) -> tuple[float, float]:
     return clips / (time.perf_counter() - start), 1000 * (source.cpu_s() - cpu) / clips
 
 
-def measure(name: str, dataset: Dataset, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each of our backends."""
+def measure(
+    name: str, dataset: Dataset, args: argparse.Namespace
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """A row for each of our backends, and why others of ours have none."""
     ours: dict[str, Ours] = {}
+    problems: dict[str, str] = {}
     for decoder in args.decoders:
         try:
             ours[decoder] = Ours(dataset, decoder, args)
         except (DataError, ValueError) as error:
+            problems[decoder] = str(error)
             print(f"{name:12} {decoder:18} not measured: {error}")
     if not ours:
-        return []
+        return [], problems
     loader = next(iter(ours.values())).loader
     folders = bool(dataset.train[0].path.is_dir())
     wanted = IMAGE_READERS if folders else VIDEO_READERS
@@ -162,10 +172,11 @@ def measure(name: str, dataset: Dataset, args: argparse.Namespace) -> list[dict[
         for key in list(turns):
             try:
                 result = turn(sources[key])
-            except RuntimeError as error:  # of a DataLoader whose worker hangs or dies
-                missing[key] = " ".join(str(error).split())[:100]
-                print(f"{name:12} {key:18} not measured: {missing[key]}")
+            except (RuntimeError, DataError) as error:  # a worker that hangs or dies, a decoder
+                reason = " ".join(str(error).split())[:200]
+                print(f"{name:12} {key:18} not measured: {reason}")
                 sources.pop(key).close()
+                (problems if key in ours else missing)[key] = reason
                 del turns[key]
                 continue
             if number >= 0:  # the first starts workers, opens libraries, fills the page cache
@@ -177,6 +188,8 @@ def measure(name: str, dataset: Dataset, args: argparse.Namespace) -> list[dict[
     peers = {key: rates[key] for key in readers if key in rates}
     rows = []
     for decoder, source in ours.items():
+        if decoder not in rates:
+            continue
         best = {"best": max(peers.values(), default=0.0)}
         best["sequential"] = max((r for p, r in peers.items() if "sequential" in p), default=0.0)
         best["pillow"] = peers.get("pillow", 0.0)
@@ -205,7 +218,7 @@ def measure(name: str, dataset: Dataset, args: argparse.Namespace) -> list[dict[
         print(
             f"{name:12} {key:18} {rates[key]:7.1f} clips/s ({spread}), {cpu[key]:6.1f} CPU ms", text
         )
-    return rows
+    return rows, problems
 
 
 def main() -> None:
@@ -222,25 +235,31 @@ def main() -> None:
     parser.add_argument("--segments", type=int, default=8, help="frames per clip")
     parser.add_argument("--batch", type=int, default=4, help="clips per batch")
     parser.add_argument("--threads", type=int, default=0, help="0 = all cores")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the clips")
     parser.add_argument("--turns", type=int, default=3, help="passes of each loader")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
+    problems: dict[str, dict[str, str]] = {}  # set -> backend -> why it was not measured
     if args.root:
         lists = {"train_list": args.train_list, "val_list": args.val_list}
         dataset = open_dataset(DataConfig(root=args.root, **lists))
-        rows = measure("own", dataset, args)
+        rows, problems["own"] = measure("own", dataset, args)
     else:
-        cache = DataConfig().resolved_cache_dir() / f"loader-bench-{args.videos}x{args.frames}"
+        length = "" if args.frames == 300 else f"x{args.frames}"
+        cache = DataConfig().resolved_cache_dir() / f"loader-bench-{args.videos}{length}"
         for name in args.sets:
             write_set(cache / name, name, args.videos, args.frames)
             lists = {"train_list": "list.txt", "val_list": "list.txt"}
             dataset = open_dataset(DataConfig(root=str(cache / name), **lists))
-            rows += measure(name, dataset, args)
+            found, problems[name] = measure(name, dataset, args)
+            rows += found
     if args.json:
         machine = {"machine": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()}
+        if args.device == "cuda":
+            machine["gpu"] = torch.cuda.get_device_name()
         settings = {key: value for key, value in vars(args).items() if key != "json"}
-        print(json.dumps({"sets": rows, **machine, "settings": settings}))
+        print(json.dumps({"sets": rows, "not_measured": problems, **machine, "settings": settings}))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ STEP = {"tsm": 1.04, "tanet": 1.06, "masnet": 1.10, "tdn": 1.20, "amsnet": 1.45,
 # Network: most memory of a step of 8 clips, 10^9 bytes.
 MEMORY_GB = {"tsn": 3.8, "tsm": 3.8, "tanet": 3.8, "masnet": 3.8, "tdn": 3.8, "msn": 6.0}
 SPEEDUP = 4.0  # of TANet, fp16 and fused, over plain fp32 in NCHW
+DATA_WAIT = 0.02  # of a step's time, TANet-R50 on prepared H.264
 NORM_GAIN = 0.05  # of a whole step, by which the fused batch norm pays for itself
 
 
@@ -39,6 +40,7 @@ def asks(report: dict[str, Any]) -> list[Ask]:
         *_speedup(report),
         *_memory(report),
         *_bandwidth(report),
+        *_input(report),
         *_norm(report),
     ]
 
@@ -101,6 +103,21 @@ def _bandwidth(report: dict[str, Any]) -> Iterator[Ask]:
 
 def _site(row: dict[str, Any]) -> str:
     return f"{row['form']} {row['channels']} x {row['size']}^2 {row['direction']}"
+
+
+def _input(report: dict[str, Any]) -> Iterator[Ask]:
+    rows = [row for row in report.get("data_wait", {}).get("data_wait", []) if "data_wait" in row]
+    best = min(rows, key=lambda row: float(row["data_wait"]), default=None)
+    share = best["data_wait"] if best else None
+    text = f"{share:.1%} ({best['loader']})" if best else ""
+    what = "data wait of tanet on prepared H.264, fp16"
+    yield _ask(what, f"< {DATA_WAIT:.0%}", share, text, share is not None and share < DATA_WAIT)
+    frames = report.get("decoder_frames", {}).get("frames", [])
+    wrong = sum(row["wrong_frames"] for row in frames) if frames else None
+    far = max((row["mean_difference"] for row in frames), default=0.0)
+    text = f"{wrong} of {sum(row['frames'] for row in frames)}, {far:.1f} levels away at most"
+    what = "wrong frames of NVDEC, compared with PyAV"
+    yield _ask(what, "0", wrong, text, bool(frames) and all(row["same"] for row in frames))
 
 
 def _norm(report: dict[str, Any]) -> Iterator[Ask]:

@@ -160,6 +160,30 @@ SECTIONS = (
         limit_s=240,
         modules=("jsonargparse", "av"),
     ),
+    # NVDEC and nvJPEG: the frames of PyAV, clips/s beside the CPU, and whether training waits.
+    Section(
+        "decoder_frames",
+        (PYTHON, "profile/decoder_frames.py", *_CUDA, "--decoders", "dali_gpu", "--json"),
+        limit_s=120,
+        modules=("nvidia.dali", "av"),
+        json=True,
+    ),
+    Section(
+        "loader",
+        (
+            *(PYTHON, "profile/loader.py", *_CUDA, "--decoders", "dali", "dali_gpu", "pyav"),
+            *("--sets", "jpeg", "h264_gop12", "vp9_gop12", "--peers", "pillow", "pyav_seek"),
+            "--json",
+        ),
+        modules=("nvidia.dali", "av", "PIL"),
+        json=True,
+    ),
+    Section(
+        "data_wait",
+        (PYTHON, "profile/data_wait.py", *_CUDA, "--precision", "fp16", "--json"),
+        modules=("nvidia.dali", "av", "jsonargparse"),
+        json=True,
+    ),
     Section(
         "step_tf32", (*_STEP, "--precision", "tf32"), limit_s=300, json=True, obstacle=_no_tf32
     ),

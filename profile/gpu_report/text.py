@@ -6,6 +6,8 @@ from gpu_report.asks import asks, table
 from gpu_report.sections import SECTIONS
 
 _SITE = ("op", "form", "channels", "size", "direction", "implementation")
+_LOADER = ("name", "backend", "clips_per_s", "cpu_ms_per_clip", "ratio_to_best_peer", "description")
+_WAIT = ("decoder", "data_wait", "train_clips_per_s", "compute_clips_per_s", "loader_clips_per_s")
 _STEP = (
     "model",
     "step_ms",
@@ -52,7 +54,24 @@ def markdown(report: dict[str, Any]) -> str:
                 numbers = f"{row['median_us']:.1f}", f"{row['gb_s']:.0f}", f"{row['of_copy']:.0%}"
                 cells.append([*(str(row[column]) for column in _SITE), *numbers])
             lines += _table((*_SITE, "median us", "GB/s", "of copy"), cells)
+    for name, key, columns in (("loader", "sets", _LOADER), ("data_wait", "data_wait", _WAIT)):
+        found = report.get(name, {})
+        if rows := [row for row in found.get(key, []) if "problem" not in row]:
+            lines += ["", f"## {name}", ""]
+            lines += _table(
+                columns, [[_short(row.get(column)) for column in columns] for row in rows]
+            )
+        problems = [
+            (row["decoder"], row["problem"]) for row in found.get(key, []) if "problem" in row
+        ]
+        for set_name, reasons in found.get("not_measured", {}).items():
+            problems += [(f"{set_name}, {backend}", why) for backend, why in reasons.items()]
+        lines += ["", *(f"- {what}: {why}" for what, why in problems)] if problems else []
     return "\n".join(lines) + "\n"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _table(columns: tuple[str, ...], rows: list[list[str]]) -> list[str]:

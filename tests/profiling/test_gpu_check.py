@@ -193,6 +193,38 @@ def test_asks_stand_beside_what_was_measured(check):
     assert all(ask.met is None and ask.measured == "not measured" for ask in asks({}))
 
 
+def test_input_pipelines_in_the_report(check):
+    from gpu_report.asks import asks
+    from gpu_report.text import markdown
+
+    row = {"name": "jpeg", "backend": "dali_gpu", "clips_per_s": 901.23, "cpu_ms_per_clip": 1.5}
+    frames = {"frames": 8, "told_apart": 8, "mean_difference": 1.5, "wrong_frames": 0, "same": True}
+    waits = [
+        {"decoder": "dali_gpu", "data_wait": 0.015, "loader": "NVDEC, 8 threads"},
+        {"decoder": "dali", "data_wait": 0.3, "loader": "DALI"},
+        {"decoder": "pyav", "problem": "no clips"},
+    ]
+    report = {
+        "loader": {
+            "sets": [{**row, "ratio_to_best_peer": 3.1, "description": "nvJPEG"}],
+            "not_measured": {"jpeg": {}, "vp9_gop12": {"dali_gpu": "it fails"}},
+        },
+        "data_wait": {"data_wait": waits, "batch": 16},
+        "decoder_frames": {"frames": [frames, {**frames, "wrong_frames": 1, "same": False}]},
+    }
+    for section in report.values():
+        section |= {"outcome": "passed", "seconds": 1.0, "last_line": ""}
+    text = markdown(report)
+    what = "data wait of tanet on prepared H.264, fp16"
+    assert f"| {what} | < 2% | 1.5% (NVDEC, 8 threads) | yes |" in text
+    what = "wrong frames of NVDEC, compared with PyAV"
+    assert f"| {what} | 0 | 1 of 16, 1.5 levels away at most | no |" in text
+    assert "| jpeg | dali_gpu | 901.2 | 1.5 | 3.1 | nvJPEG |" in text
+    assert "- vp9_gop12, dali_gpu: it fails\n" in text and "- pyav: no clips\n" in text
+    report["decoder_frames"]["frames"].pop()
+    assert {ask.what: ask for ask in asks(report)}[what].met is True
+
+
 def test_every_section_is_a_command_that_exists(check):
     from gpu_report.sections import SECTIONS
 
