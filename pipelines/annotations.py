@@ -54,9 +54,45 @@ class VideoSet(Sequence[VideoRecord]):
             names += row[0].encode("utf-8", "surrogateescape")
             ends.append(len(names))
             numbers.extend(row[1:] if len(row) == 4 else (*row[1:], 0, 0)[:3])
-        self._names = bytes(names)
+        self._names = memoryview(bytes(names))
         self._ends = np.frombuffer(ends, np.int64)
         self._numbers = np.frombuffer(numbers, np.int32).reshape(-1, 3)
+
+    @classmethod
+    def of_columns(
+        cls,
+        root: Path,
+        ends: npt.NDArray[np.int64],
+        numbers: npt.NDArray[np.int32],
+        names: memoryview,
+    ) -> "VideoSet":
+        """The set whose `columns` these are."""
+        videos = cls(root, ())
+        videos._ends, videos._numbers, videos._names = ends, numbers, names
+        return videos
+
+    @property
+    def columns(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], memoryview]:
+        """Everything but the root: [videos + 1] places of the names in the bytes of all of them,
+        [videos, 3] label, frames and offset, the bytes."""
+        return self._ends, self._numbers, self._names
+
+    def selected(self, keep: npt.NDArray[np.bool_]) -> "VideoSet":
+        """The videos for which `keep`, [videos], is true."""
+        lengths = np.diff(self._ends)
+        names = np.frombuffer(self._names, np.uint8)[np.repeat(keep, lengths)]
+        ends = np.concatenate([[0], np.cumsum(lengths[keep])]).astype(np.int64)
+        return VideoSet.of_columns(self.root, ends, self._numbers[keep], names.data)
+
+    def encoded_names(self) -> Iterator[bytes]:
+        """The names in order, as bytes (UTF-8)."""
+        ends = self._ends
+        for first in range(0, len(self), 10_000):
+            places = ends[first : first + 10_001].tolist()
+            block = bytes(self._names[places[0] : places[-1]])
+            start = places[0]
+            for k in range(len(places) - 1):
+                yield block[places[k] - start : places[k + 1] - start]
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -80,7 +116,7 @@ class VideoSet(Sequence[VideoRecord]):
 
     def _name(self, index: int) -> str:
         encoded = self._names[self._ends[index] : self._ends[index + 1]]
-        return encoded.decode("utf-8", "surrogateescape")
+        return str(encoded, "utf-8", "surrogateescape")
 
     @property
     def labels(self) -> npt.NDArray[np.int32]:
@@ -91,21 +127,21 @@ class VideoSet(Sequence[VideoRecord]):
     def fingerprint(self) -> str:
         """sha256 (hex) over names, labels and order; independent of where the root is."""
         digest = hashlib.sha256()
-        ends = self._ends.tolist()
+        names = self.encoded_names()
         for first in range(0, len(self), 10_000):
             rows = self._numbers[first : first + 10_000].tolist()
-            lines = [
-                _line(self._names[ends[k] : ends[k + 1]].decode("utf-8", "surrogateescape"), *row)
-                for k, row in enumerate(rows, start=first)
-            ]
+            lines = [_line(str(next(names), "utf-8", "surrogateescape"), *row) for row in rows]
             digest.update("".join(lines).encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
     @cached_property
     def digest(self) -> str:
         """sha256 (hex) over root and list, to find what is known about these files."""
-        parts = (str(self.root).encode(), self._names, self._ends, self._numbers)
-        return hashlib.sha256(b"\0".join(bytes(part) for part in parts)).hexdigest()
+        digest = hashlib.sha256(str(self.root).encode("utf-8", "surrogateescape"))
+        for part in (self._names, self._ends.data, np.ascontiguousarray(self._numbers).data):
+            digest.update(b"\0")
+            digest.update(part)
+        return digest.hexdigest()
 
 
 def format_list(records: Iterable[VideoRecord]) -> str:

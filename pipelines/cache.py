@@ -6,8 +6,10 @@ import logging
 import os
 import shutil
 import uuid
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from pipelines.errors import DataError
 
@@ -43,6 +45,18 @@ def replace_bytes(path: Path, parts: Iterable[bytes]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def checksum(handle: BinaryIO, num_bytes: int) -> int:
+    """crc32 of the next bytes of a file, or of what there is of them; a block at a time.
+
+    A mapped file that is checked like this is not all in this process's memory afterwards.
+    """
+    value = 0
+    while num_bytes > 0 and (block := handle.read(min(num_bytes, 1 << 20))):
+        value = zlib.crc32(block, value)
+        num_bytes -= len(block)
+    return value
 
 
 def write_once(root: Path, write: Callable[[Path], None]) -> None:

@@ -12,6 +12,7 @@ from pipelines.annotations import VideoSet, read_class_names, read_list
 from pipelines.audit import read_deny_list
 from pipelines.config import DataConfig
 from pipelines.errors import AnnotationError, DataError
+from pipelines.list_cache import cached_list
 
 _LOG = logging.getLogger(__name__)
 
@@ -67,26 +68,27 @@ def open_dataset(data: DataConfig, *, progress: bool = True) -> Dataset:
     """
     train, val, class_names = _splits(data, progress)
     if data.deny_list:
-        train = _without_denied(train, val, train.root / data.deny_list)
+        train = _without_denied(train, val, data)
     facts = (data.resolved_cache_dir(), data.frame_name, data.max_bad_fraction)
     return Dataset(train, val, class_names, *facts)
 
 
-def _without_denied(train: VideoSet, val: VideoSet, path: Path) -> VideoSet:
+def _without_denied(train: VideoSet, val: VideoSet, data: DataConfig) -> VideoSet:
+    path = train.root / data.deny_list
     denied = read_deny_list(path)
-    refused = [record.name for record in val if record.name in denied]
+    encoded = {name.encode("utf-8", "surrogateescape") for name in denied}
+    refused = [
+        str(name, "utf-8", "surrogateescape") for name in val.encoded_names() if name in encoded
+    ]
     if refused:
         raise DataError(
             f"{len(refused)} validation videos are in the deny-list {path}, e.g. {refused[0]}: "
             f"{denied[refused[0]]}; repair them, or remove them from the validation list."
         )
-    rows = [
-        (record.name, record.label, record.num_frames, record.offset)
-        for record in train
-        if record.name not in denied
-    ]
-    _LOG.warning("%s: %d of %d training videos left out", path, len(train) - len(rows), len(train))
-    return VideoSet(train.root, rows)
+    keep = np.array([name not in encoded for name in train.encoded_names()], np.bool_)
+    left_out = len(train) - int(keep.sum())
+    _LOG.warning("%s: %d of %d training videos left out", path, left_out, len(train))
+    return train.selected(keep)
 
 
 def _splits(data: DataConfig, progress: bool) -> _Splits:
@@ -113,16 +115,7 @@ def _from_lists(
     root: Path, train_list: Path, val_list: Path, data: DataConfig, classes_file: Path | None
 ) -> _Splits:
     names = _declared_names(data, classes_file)
-    train, val = (
-        read_list(
-            path,
-            root=root,
-            num_classes=len(names),
-            allow_outside_root=data.allow_outside_root,
-            kind=data.kind,
-        )
-        for path in (train_list, val_list)
-    )
+    train, val = (_read_list(path, root, len(names), data) for path in (train_list, val_list))
     if not names:
         largest = int(np.argmax(train.labels))
         count = int(train.labels[largest]) + 1
@@ -141,6 +134,22 @@ def _from_lists(
                 f"{train_list} (labels below {count}); give --data.num_classes if this is meant.",
             )
     return train, val, names
+
+
+def _read_list(path: Path, root: Path, num_classes: int, data: DataConfig) -> VideoSet:
+    facts = (str(root), num_classes, data.allow_outside_root, data.kind)
+
+    def parse() -> VideoSet:
+        return read_list(
+            path,
+            root=root,
+            num_classes=num_classes,
+            allow_outside_root=data.allow_outside_root,
+            kind=data.kind,
+        )
+
+    cache_dir = data.resolved_cache_dir()
+    return cached_list(path, cache_dir=cache_dir, facts=repr(facts), build=parse)
 
 
 def _declared_names(data: DataConfig, classes_file: Path | None) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ a resumed run, and every rank, decodes alike.
 
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import logging
 import time
@@ -181,10 +182,11 @@ def measure(plan: DecoderPlan, names: Sequence[str]) -> tuple[dict[str, float], 
     Each is built, warmed up by one group and then reads three; its clips must be those of "pyav".
     """
     source = plan.source
-    good = [k for k in range(len(source)) if k not in source.bad]
-    count = min(plan.max_samples, len(good))
-    step = max(1, len(good) // (4 * count))
-    picked = [source.sample(0, good[(k * step) % len(good)]) for k in range(4 * count)]
+    step = max(1, len(source) // (4 * plan.max_samples))
+    spread = itertools.islice(itertools.count(0, step), 4 * len(source))
+    good = (k % len(source) for k in spread if k % len(source) not in source.bad)
+    count = min(plan.max_samples, len(source))
+    picked = [source.sample(0, k) for k in itertools.islice(good, 4 * count)]
     groups = [picked[first : first + count] for first in range(0, len(picked), count)]
     rates: dict[str, float] = {}
     failed: dict[str, str] = {}

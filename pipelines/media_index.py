@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import logging
+import mmap
 import os
 import sys
 import zlib
@@ -22,7 +23,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from pipelines.annotations import VideoRecord, VideoSet
-from pipelines.cache import locked, replace_bytes
+from pipelines.cache import checksum, locked, replace_bytes
 from pipelines.errors import DataError, MediaError
 from pipelines.images import find_frame_name
 from pipelines.media import MediaInfo, StreamKind
@@ -346,12 +347,16 @@ def _read(path: Path, num_rows: int | None = None) -> _Content | None:
                 raise ValueError("another version")
             tables_at = int.from_bytes(handle.read(8), "little")
             facts = json.loads(handle.readline())
-            rows = np.frombuffer(handle.read(facts["rows"] * _ROW.itemsize), _ROW)
+            # Mapped: processes share the memory.
+            mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+            rows = np.frombuffer(mapped, _ROW, facts["rows"], handle.tell())
             kinds = [StreamKind(*fields) for fields in facts["kinds"]]
             problems = {int(key): text for key, text in facts.get("problems", {}).items()}
             end = tables_at + int((rows["table_at"] + rows["table_bytes"]).max(initial=0))
-            whole = handle.tell() == tables_at and os.fstat(handle.fileno()).st_size == end
-        if not whole or zlib.crc32(rows.tobytes()) != facts["checksum"] or len(rows) == 0:
+            size_bytes = os.fstat(handle.fileno()).st_size
+            whole = handle.tell() + rows.nbytes == tables_at and size_bytes == end
+            same = checksum(handle, rows.nbytes) == facts["checksum"]
+        if not whole or not same or len(rows) == 0:
             raise ValueError("cut off or damaged")
         if num_rows not in (None, len(rows)):
             raise ValueError(f"expected {num_rows} rows, got {len(rows)}")
