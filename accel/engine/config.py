@@ -56,6 +56,7 @@ HARMLESS_KEYS = frozenset(
         "train.max_steps",
         "train.checkpoint_activations",
         "run.device",
+        "run.fit_memory",
         "run.timeout_s",
         "run.threads",
         "test.protocols",
@@ -66,6 +67,7 @@ HARMLESS_KEYS = frozenset(
     }
 )
 HARMLESS_SECTIONS = frozenset({"loader", "checkpoint", "log", "published"})
+WITHOUT_VALUE = {"run.fit_memory": "card"}  # what an option without a value means
 HARMFUL_KEYS = frozenset({"loader.decoder"})  # decoders differ by a few grey levels
 
 
@@ -432,6 +434,8 @@ def _check_across_sections(recipe: Recipe) -> None:
     for key in recipe.published.inferred:
         if key not in KEYS:
             raise ConfigError(f"published.inferred: unknown key {key}. {_nearest(key, KEYS)}")
+    if recipe.detection.network != "none" and recipe.run.fit_memory:
+        raise ConfigError("run.fit_memory: detectors are not measured; set train.micro_batch.")
     if recipe.detection.network != "none" and recipe.train.checkpoint_activations != "none":
         raise ConfigError(
             "train.checkpoint_activations: expected none with detection.network "
@@ -499,10 +503,14 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             continue
         key, value = match.group(1).replace("-", "_"), match.group(2)
         if value is None:
-            if position == len(argv):
+            last = position == len(argv)
+            if key in WITHOUT_VALUE and (last or argv[position].startswith("--")):
+                value = WITHOUT_VALUE[key]
+            elif last:
                 raise ConfigError(f"--{key}: expected a value after it.")
-            value = argv[position]
-            position += 1
+            else:
+                value = argv[position]
+                position += 1
         overrides.pop(key, None)
         overrides[key] = value
     return rest, overrides

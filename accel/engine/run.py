@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ class RunConfig:
     """Several processes: seconds that one waits for the others before the job ends, > 0."""
     compress_gradients: Compression = "none"
     """Several processes: exchange gradients as "fp16" or "bf16" (half the volume) or "none"."""
+    fit_memory: str = ""
+    """"card", or a limit such as "11GB": a new run on a GPU begins with finding the largest
+    train.micro_batch whose steps fit with a tenth to spare; "" = train.micro_batch as it is."""
     deterministic: bool = False
     """Deterministic algorithms only: equal bits on one device type, world size and versions."""
 
@@ -43,6 +47,10 @@ class RunConfig:
             raise ValueError(f"run.seed: must be in 0..{2**32 - 1}, got {self.seed}.")
         if self.timeout_s <= 0:
             raise ValueError(f"run.timeout_s: must be > 0, got {self.timeout_s}.")
+        if not re.fullmatch(r"|card|\d+(\.\d+)?(GB|GiB)", self.fit_memory):
+            raise ValueError(
+                f"run.fit_memory: expected card or a limit such as 11GB, got {self.fit_memory!r}."
+            )
         if self.threads < 0:
             raise ValueError(
                 f"run.threads: must be >= 0 (0 = torch's default), got {self.threads}."

@@ -20,6 +20,13 @@ from accel.engine.data import open_loader, open_shared_dataset
 from accel.engine.distributed import World
 from accel.engine.evaluate import evaluate
 from accel.engine.execution import Launcher
+from accel.engine.fit_memory import (
+    StepMemory,
+    fit_micro_batch,
+    limit_memory,
+    remembered_batch,
+    with_micro_batch,
+)
 from accel.engine.gpu_sampling import GpuSampler
 from accel.engine.journal import Journal, Progress, read_journal, rewind_journal
 from accel.engine.memory import keep_freed_memory
@@ -81,14 +88,18 @@ class Trainer:
         resume_allow: Sequence[str] = (),
         world: World | None = None,
     ) -> None:
-        self.recipe = recipe
         self.world = world if world is not None else World()
         self.folder = RunFolder(out)
+        fitted = remembered_batch(recipe, self.folder)
+        if fitted is not None:
+            recipe = with_micro_batch(recipe, fitted)
+        self.recipe = recipe
         self.device = resolve_device(recipe.run.device, self.world.local_rank)
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
         if self.device.type == "cpu":
             keep_freed_memory()
+        limit_memory(recipe, self.device)
         set_deterministic(recipe.run.deterministic)
         self.precision = Precision(
             recipe.precision,
@@ -97,8 +108,8 @@ class Trainer:
             std=recipe.data.std,
             frames_per_segment=recipe.model.frames_per_segment,
         )
-        self.accumulation = self._accumulation()
-        self._launcher = Launcher(recipe, self.device, self.world, self.accumulation)
+        if not recipe.run.fit_memory:
+            self._accumulation()  # refuse before anything is opened
         self._loaders: list[Loader] = []
         self._quarantines: list[Quarantine] = []
         if self.world.is_main:
@@ -108,6 +119,10 @@ class Trainer:
             found = find_checkpoint(resume, self.folder, self.store, recipe)
             self.dataset = self._open_dataset()
             self._check_agreement(found[0].name if found is not None else "none")
+            if recipe.run.fit_memory and fitted is None:
+                self.recipe = self._fitted(found)
+            self.accumulation = self._accumulation()
+            self._launcher = Launcher(self.recipe, self.device, self.world, self.accumulation)
             self._build(pretrained=found is None)
             self.counters = Counters()
             self.scores: Scores | None = None
@@ -420,6 +435,13 @@ class Trainer:
             world=self.world,
             ranges=self.ranges,
         )
+
+    def _fitted(self, found: tuple[Path, dict[str, Any]] | None) -> Recipe:
+        """The recipe with a micro-batch that fits; a run from a checkpoint keeps its own."""
+        if found is not None:
+            return with_micro_batch(self.recipe, found[1]["recipe"]["train"]["micro_batch"])
+        memory = StepMemory(self.recipe, self.dataset.num_classes, self.device, self.world.size)
+        return fit_micro_batch(self.recipe, self.world, memory.limit, memory)
 
     def _rehearse(self) -> Rehearsal:
         clips, classes = self.recipe.train.micro_batch, self.dataset.num_classes
