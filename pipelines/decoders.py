@@ -28,7 +28,7 @@ from pipelines.fallback import PyavVideo
 from pipelines.source import Sample, SampleSource
 
 _LOG = logging.getLogger(__name__)
-_FEWEST_VIDEOS = 256
+_FEWEST_VIDEOS = 64
 """Smaller sets are not measured: their epochs take less than a measurement is worth."""
 _MOST_DIFFERENCE = 12.0
 """Mean difference of two decoders, grey levels, above which one of them returns other frames.

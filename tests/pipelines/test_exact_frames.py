@@ -57,6 +57,7 @@ def test_real_clips_equal_a_full_decode(path: Path) -> None:
 
 
 VFR_TIMES = np.cumsum(np.arange(60) % 5 + 1).tolist()
+# Not HEVC in AVI: FFmpeg does not write it.
 CLIPS = {
     "h264-gop12-b2": ("a.mp4", "libx264", {"g": "12", "bf": "2"}, {}),
     "h264-gop250-b3": ("a.mp4", "libx264", {"g": "250", "bf": "3"}, {}),
@@ -78,6 +79,12 @@ CLIPS = {
     "mpeg4-b-mp4": ("a.mp4", "mpeg4", {"bf": "2", "g": "12"}, {}),
     "mpeg2-ps": ("a.mpg", "mpeg2video", {"bf": "2", "g": "12"}, {}),
     "av1": ("a.mp4", "libsvtav1", {"g": "12", "preset": "12", "svtav1-params": "lp=1"}, {}),
+    "h264-avi": ("a.avi", "libx264", {"g": "12", "bf": "0"}, {}),
+    "h264-b-avi": ("a.avi", "libx264", {"g": "12", "bf": "2"}, {}),
+    "hevc-mkv": ("a.mkv", "libx265", {"x265-params": "keyint=10:open-gop=0:log-level=none"}, {}),
+    "mpeg4-b-mkv": ("a.mkv", "mpeg4", {"bf": "2", "g": "12"}, {}),
+    "av1-mkv": ("a.mkv", "libsvtav1", {"g": "12", "preset": "12", "svtav1-params": "lp=1"}, {}),
+    "av1-avi": ("a.avi", "libsvtav1", {"g": "12", "preset": "12", "svtav1-params": "lp=1"}, {}),
     "vp9": ("a.webm", "libvpx-vp9", {"g": "15"}, {}),
     "vp9-odd-size": ("a.webm", "libvpx-vp9", {"g": "15"}, {"width": 98, "height": 70}),
     "vp8": ("a.webm", "libvpx", {"g": "15"}, {}),
