@@ -26,7 +26,8 @@ from pipelines.tubes import (
 
 _LOG = logging.getLogger(__name__)
 
-Stream = Literal["rgb", "brox", "fastOF"]
+Stream = Literal["rgb", "brox", "fastOF", "flow"]
+"""Images of a set; flow is our own (`accel data flow`), the other two are the published ones."""
 DetectionSet = Literal["ucf24", "jhmdb21", "moving_objects"]
 
 _CLASSES: dict[str, Sequence[str]] = {

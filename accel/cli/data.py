@@ -256,9 +256,56 @@ def prepare_main(argv: Sequence[str]) -> int:
     return 3 if report.failed else 0
 
 
+def flow_main(argv: Sequence[str]) -> int:
+    """Compute flow for a detection set that has none."""
+    import torch
+
+    from pipelines.flow import FlowMethod, flow_function, write_flow
+    from pipelines.tube_data import open_tube_set
+
+    parser = Parser(
+        prog="accel data flow",
+        description="Write flow-images/ beside the rgb-images/ of a detection set "
+        "(--detection.stream flow). It is not the published flow, whose making is not released. "
+        "Can be interrupted and repeated.",
+    )
+    parser.add_argument("--root", required=True, help="folder of the set")
+    parser.add_argument("--dataset", required=True, choices=get_args(DetectionSet))
+    parser.add_argument("--split", type=int, default=1, help="number of the training list")
+    parser.add_argument(
+        "--method",
+        choices=("auto", *get_args(FlowMethod)),
+        default="auto",
+        help="opencv: DIS on the CPU; dali: the GPU's engine; auto: dali if there is a GPU",
+    )
+    parser.add_argument(
+        "--bound", type=float, default=20.0, help="longest motion a byte can tell, px (default 20)"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="videos at a time")
+    options = parser.parse_args(argv)
+    if not 0 < options.bound < 1e4:
+        raise ConfigError(f"--bound: expected a number of pixels > 0, got {options.bound}.")
+    if options.threads < 1:
+        raise ConfigError(f"--threads: expected an integer >= 1, got {options.threads}.")
+    method: FlowMethod = options.method
+    if options.method == "auto":
+        method = "dali" if torch.cuda.is_available() else "opencv"
+    compute = flow_function(method)
+    root = Path(options.root).expanduser().absolute()
+    data = open_tube_set(root, options.dataset, split=options.split)
+    done = list(
+        write_flow(data, compute, method=method, bound_px=options.bound, threads=options.threads)
+    )
+    written = sum(now for _, now in done)
+    print(f"{written} videos written, {len(done) - written} were there; not the published flow")
+    print(f"now         --data.root {root} --detection.stream flow --detection.stack 5")
+    return 0
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "check": (check_main, "audit lists and media, write the deny-list"),
     "prepare": (prepare_main, "re-encode or pack a set once, so that sampling from it is cheap"),
     "stats": (stats_main, "videos, classes, frames, sizes and codecs of lists"),
+    "flow": (flow_main, "optical flow for a detection set (not the published one)"),
     "import": (import_main, "lists of a known dataset from its official annotation files"),
 }

@@ -1,0 +1,42 @@
+"""Optical flow of the GPU's own engine (Turing and newer), through DALI."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from pipelines.errors import DataError
+
+
+def dali_flow(frames: np.ndarray) -> np.ndarray:
+    """Flow [F - 1, H, W, 2] float32 in pixels of frames [F, H, W, 3] uint8 RGB.
+
+    The engine gives one vector for 4 x 4 pixels; they are interpolated.
+
+    Raises:
+        DataError: no GPU, or no DALI.
+    """
+    if not torch.cuda.is_available():
+        raise DataError("flow with DALI: no CUDA device; --method opencv computes it on the CPU.")
+    try:
+        from nvidia import dali as dali_module
+    except ImportError as error:
+        raise DataError("flow with DALI: the package is missing; see accel doctor.") from error
+    dali: Any = dali_module  # untyped
+    pipeline = dali.Pipeline(batch_size=1, num_threads=1, device_id=torch.cuda.current_device())
+    with pipeline:
+        sequence = dali.fn.external_source(
+            source=lambda: [frames], batch=True, layout="FHWC", device="gpu"
+        )
+        pipeline.set_outputs(dali.fn.optical_flow(sequence, device="gpu", output_grid=4))
+    pipeline.build()
+    coarse = torch.from_numpy(np.asarray(pipeline.run()[0].as_cpu().as_array()))[0]
+    fine = F.interpolate(
+        coarse.permute(0, 3, 1, 2).float(),
+        size=frames.shape[1:3],
+        mode="bilinear",
+        align_corners=False,
+    )
+    flow: np.ndarray = fine.permute(0, 2, 3, 1).contiguous().numpy()
+    return flow
