@@ -1,5 +1,6 @@
 """Optical flow of the GPU's own engine (Turing and newer), through DALI."""
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,23 @@ import torch
 from torch.nn import functional as F
 
 from pipelines.errors import DataError
+
+
+@lru_cache(maxsize=1)
+def _pipeline(device_id: int) -> Any:
+    try:
+        from nvidia import dali as dali_module
+    except ImportError as error:
+        raise DataError("flow with DALI: the package is missing; see accel doctor.") from error
+    dali: Any = dali_module  # untyped
+    pipeline = dali.Pipeline(
+        batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1
+    )
+    with pipeline:
+        frames = dali.fn.external_source(name="frames", layout="FHWC", device="gpu")
+        pipeline.set_outputs(dali.fn.optical_flow(frames, device="gpu", output_grid=4))
+    pipeline.build()
+    return pipeline
 
 
 def dali_flow(frames: np.ndarray) -> np.ndarray:
@@ -19,18 +37,8 @@ def dali_flow(frames: np.ndarray) -> np.ndarray:
     """
     if not torch.cuda.is_available():
         raise DataError("flow with DALI: no CUDA device; --method opencv computes it on the CPU.")
-    try:
-        from nvidia import dali as dali_module
-    except ImportError as error:
-        raise DataError("flow with DALI: the package is missing; see accel doctor.") from error
-    dali: Any = dali_module  # untyped
-    pipeline = dali.Pipeline(batch_size=1, num_threads=1, device_id=torch.cuda.current_device())
-    with pipeline:
-        sequence = dali.fn.external_source(
-            source=lambda: [frames], batch=True, layout="FHWC", device="gpu"
-        )
-        pipeline.set_outputs(dali.fn.optical_flow(sequence, device="gpu", output_grid=4))
-    pipeline.build()
+    pipeline = _pipeline(torch.cuda.current_device())
+    pipeline.feed_input("frames", [frames])
     coarse = torch.from_numpy(np.asarray(pipeline.run()[0].as_cpu().as_array()))[0]
     fine = F.interpolate(
         coarse.permute(0, 3, 1, 2).float(),

@@ -27,6 +27,8 @@ from each frame to the next."""
 
 _CHUNK = 33  # frames that are held at once
 DESCRIPTION = "flow.json"
+BOUND_PX = 20.0
+"""Longest motion that a byte tells, unless asked otherwise."""
 
 
 def flow_function(method: FlowMethod) -> FlowFunction:
@@ -72,7 +74,7 @@ def write_flow(
     compute: FlowFunction,
     *,
     method: str,
-    bound_px: float = 20.0,
+    bound_px: float = BOUND_PX,
     threads: int = 1,
 ) -> Iterator[tuple[str, bool]]:
     """Write `flow-images/<video>/<NNNNN>.jpg` for every video of a set, from its RGB images.

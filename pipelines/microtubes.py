@@ -185,5 +185,5 @@ def stacked(
     rows = [[row[n] for n in image_numbers(frame, num_frames, stack)] for frame in frames]
     chosen = images[np.array(rows)][..., ::-1]  # [T, F, H, W, 3]
     count, _, height, width, _ = chosen.shape
-    joined: np.ndarray = chosen.transpose(0, 1, 4, 2, 3).reshape(count, 3 * stack, height, width)
-    return joined
+    joined = chosen.transpose(0, 1, 4, 2, 3).reshape(count, 3 * stack, height, width)
+    return np.ascontiguousarray(joined)  # of one image the reshape is a view with a turned axis

@@ -10,33 +10,43 @@ from PIL import Image, ImageDraw
 
 from pipelines.errors import MediaError
 
+_OPEN_S, _READ_S = 10.0, 10.0  # a network stream that does not answer has ended
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
-def frame_rate(path: Path) -> float:
-    """Frames per second of a video file; 25 of a folder, which does not say.
+def is_live(source: str) -> bool:
+    """Whether a source is a camera, by number or device, or a URL, and no file or folder."""
+    return source.isdigit() or source.startswith("/dev/") or "://" in source
+
+
+def frame_rate(source: str) -> float:
+    """Frames per second of a source, see `read_frames`; 25 where it does not say.
 
     Raises:
-        MediaError: the file cannot be opened, or has no video.
+        MediaError: it cannot be opened, or has no video.
     """
-    if path.is_dir():
-        return 25.0
-    with _opened(path) as container:
+    if is_live(source) or Path(source).is_dir():
+        return 25.0  # a camera is opened once
+    with _opened(source) as container:
         stream = container.streams.video[0]
         return float(stream.average_rate or stream.base_rate or 25)
 
 
-def read_frames(path: Path) -> Iterator[np.ndarray]:
+def read_frames(source: str) -> Iterator[np.ndarray]:
     """Frames [H, W, 3] uint8 RGB in order of presentation.
+
+    Args:
+        source: video file, folder of JPEG or PNG images, number or device of a camera ("0" is
+            /dev/video0), or URL of a stream (rtsp://, http://, ...).
 
     Raises:
         MediaError: nothing that can be decoded, or damage on the way.
     """
-    if path.is_dir():
-        yield from _read_folder(path)
+    if not is_live(source) and Path(source).is_dir():
+        yield from _read_folder(Path(source))
         return
     count = 0
-    with _opened(path) as container:
+    with _opened(source) as container:
         import av
 
         try:
@@ -44,9 +54,9 @@ def read_frames(path: Path) -> Iterator[np.ndarray]:
                 count += 1
                 yield frame.to_ndarray(format="rgb24")
         except av.FFmpegError as error:
-            raise MediaError(path, f"is damaged after frame {count}: {error}.") from error
+            raise MediaError(source, f"is damaged after frame {count}: {error}.") from error
     if not count:
-        raise MediaError(path, "has no frames.")
+        raise MediaError(source, "has no frames.")
 
 
 def _read_folder(path: Path) -> Iterator[np.ndarray]:
@@ -70,18 +80,22 @@ def _read_folder(path: Path) -> Iterator[np.ndarray]:
         yield pixels
 
 
-def _opened(path: Path) -> Any:
+def _opened(source: str) -> Any:
     import av
 
-    if not path.is_file():
-        raise MediaError(path, "no such video file or folder of images.")
+    device = f"/dev/video{source}" if source.isdigit() else source
+    if not is_live(source) and not Path(source).is_file():
+        raise MediaError(source, "no such video file or folder of images.")
     try:
-        container = av.open(str(path))
+        if device.startswith("/dev/"):
+            container = av.open(device, format="v4l2")
+        else:
+            container = av.open(device, timeout=(_OPEN_S, _READ_S) if "://" in device else None)
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise MediaError(path, f"cannot be opened as a video: {error}.") from error
+        raise MediaError(device, f"cannot be opened as a video: {error}.") from error
     if not container.streams.video:
         container.close()
-        raise MediaError(path, "has no video stream.")
+        raise MediaError(source, "has no video stream.")
     return container
 
 

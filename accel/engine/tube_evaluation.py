@@ -98,6 +98,8 @@ class FrameDetector:
 
     def __init__(self, model: Detector, config: DetectionConfig, device: torch.device) -> None:
         self.config = config
+        self.num_classes = model.num_classes - 1
+        """Without background."""
         self._model, self._device = model, device
         self._priors = priors_for(config.size, config.levels, config.prior_scale).to(device)
 

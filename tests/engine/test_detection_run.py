@@ -91,7 +91,7 @@ def test_a_stream_gives_the_boxes_of_the_stored_video(finished, root) -> None:
     detector = FrameDetector(model, config, torch.device("cpu"))
     boxes, scores, size = video_detections(data, video, detector)
     threshold = float(np.quantile(scores[..., :3], 0.999))
-    online = OnlineDetector(model, config, torch.device("cpu"), threshold)
+    online = OnlineDetector([detector], threshold)
     stored = data.read("rgb", data.videos[video], range(1, 25))
     found = [frame for image in stored for frame in online.push(image[..., ::-1])]
     assert len(found) == 24 - 1 - 2 - 1  # a micro-tube and half a stack behind
