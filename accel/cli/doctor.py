@@ -4,12 +4,13 @@ import importlib
 import os
 import platform
 from collections.abc import Sequence
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
 import accel
+from accel.engine.apex import find_fused_sgd
 from accel.engine.run import DALI_PACKAGES
 from accel.errors import ConfigError
 
@@ -40,7 +41,7 @@ def _report() -> list[tuple[str, str]]:
         ("driver", _driver()),
         ("dali", _dali()),
         ("extension", _extension()),
-        ("apex", _apex()),
+        ("apex", find_fused_sgd()[1]),
     ]
     return rows + [(package, _version(package)) for package in PACKAGES]
 
@@ -87,14 +88,6 @@ def _dali() -> str:
 def _extension() -> str:
     library = importlib.import_module("kernels._library")
     return "loaded" if library.AVAILABLE else f"not used: {library.REASON}"
-
-
-def _apex() -> str:
-    if util.find_spec("apex") is None:
-        return "not installed (optional)"
-    if util.find_spec("apex.optimizers") is None:
-        return "the installed package apex is PyPI's web toolkit, not NVIDIA apex; it is not used"
-    return "NVIDIA apex found (not used yet)"
 
 
 def _clashes() -> list[str]:

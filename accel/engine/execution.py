@@ -111,6 +111,8 @@ def obstacle(
         return "log.profile marks the parts of a step, which are not to be seen otherwise"
     if "graph" in way and device.type != "cuda":
         return f"CUDA graphs need a GPU, this run is on {device.type}"
+    if "graph" in way and recipe.optim.implementation == "apex":
+        return "apex takes learning rates from the host"
     if world.size > 1:
         if recipe.train.execution == "auto":
             return "auto measures single processes only"

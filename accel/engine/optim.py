@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from accel.engine.apex import apex_sgd
 from accel.models.detectors import Detector
 from accel.models.network import ClipNetwork
 from accel.models.param_groups import Policy, detector_groups, parameter_groups
@@ -26,6 +27,8 @@ class OptimConfig:
     """L2 penalty, >= 0; group factors multiply it."""
     clip_norm: float = 20.0
     """Largest total L2 norm of the gradients; 0 = no clipping."""
+    implementation: Literal["torch", "apex"] = "torch"
+    """Of fused SGD: PyTorch's, or FusedSGD of an installed NVIDIA apex (GPU; no CUDA graphs)."""
     groups: Policy = "plain"
     """plain (no decay on norms and biases) | the published groups of a system."""
     fc_lr5: bool = True
@@ -71,14 +74,14 @@ class Optimizer:
             if group.params
         ]
         self._config = config
-        self.sgd = torch.optim.SGD(
-            [{"params": list(group.params.values())} for group in self.groups],
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            fused=True,
-        )
         device = next(iter(self.parameters())).device
+        groups = [{"params": list(group.params.values())} for group in self.groups]
+        shared: Any = {"lr": config.lr, "momentum": config.momentum, "nesterov": config.nesterov}
+        if config.implementation == "apex":
+            self.sgd: Any = apex_sgd(groups, device=device, **shared)
+            device_rates = False  # apex takes numbers of the host
+        else:
+            self.sgd = torch.optim.SGD(groups, fused=True, **shared)
         if device.type == "cuda" if device_rates is None else device_rates:
             for settings in self.sgd.param_groups:
                 settings["lr"] = torch.full((), config.lr, device=device)
@@ -106,6 +109,8 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Momentum by parameter name (empty without momentum)."""
+        if not self._config.momentum:  # apex keeps buffers all the same
+            return {}
         return {
             name: self.sgd.state[parameter]["momentum_buffer"]
             for group in self.groups

@@ -33,6 +33,8 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
         ("graph", {"train.execution": "auto"}, CUDA, 2, 1, "single processes"),
         ("compile", {}, CUDA, 2, 1, "single processes"),
         ("compile", {"train.checkpoint_activations": "block"}, CUDA, 1, 1, "cannot be compiled"),
+        ("graph", {"optim.implementation": "apex"}, CUDA, 1, 1, "rates from the host"),
+        ("compile", {"optim.implementation": "apex"}, CUDA, 1, 1, None),
         ("graph", {"train.checkpoint_activations": "block"}, CUDA, 1, 1, None),
     ],
 )
