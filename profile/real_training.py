@@ -1,6 +1,7 @@
 """A minute of real training: JPEG folders, augmentation, loader, network, evaluation, checkpoints.
 
     python profile/real_training.py --device cuda --precision fp16 --out runs/minute --json
+    torchrun --nproc-per-node gpu profile/real_training.py --device cuda --out runs/minute
 
 The demo recipe on its generated clips, written as folders of JPEG files, so that neither a video
 decoder nor the recipe parser has to be installed. After --seconds the run is stopped by a signal,
@@ -17,7 +18,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from accel.engine.config import SECTIONS, Recipe, read_yaml
+from accel.engine.distributed import World, start_world, stop_world
 from accel.engine.journal import read_journal
 from accel.engine.stop import StopRequested
 from accel.engine.trainer import Trainer
@@ -66,8 +67,8 @@ def write_set(folder: Path, sizes: dict[str, int]) -> None:
             pass
 
 
-def make_recipe(root: Path, args: argparse.Namespace) -> Recipe:
-    """The demo recipe on the folders; its values are taken as they stand in the file."""
+def make_recipe(root: Path, size: int, args: argparse.Namespace) -> Recipe:
+    """The demo recipe on the folders, by `size` processes; its values as they stand in the file."""
     path = Path(str(resources.files("accel") / "recipes" / "demo_motion8.yaml"))
     values = read_yaml(path)
     values["data"] = {"root": str(root)}
@@ -81,6 +82,7 @@ def make_recipe(root: Path, args: argparse.Namespace) -> Recipe:
         model=replace(recipe.model, name=args.model),
         precision=replace(recipe.precision, mode=args.precision),
         schedule=replace(recipe.schedule, epochs=args.epochs),
+        train=replace(recipe.train, global_batch=recipe.train.micro_batch * size),
         log=replace(recipe.log, profile="torch", tensorboard=False),
         run=replace(recipe.run, device=args.device),
     )
@@ -90,9 +92,9 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def fit(recipe: Recipe, out: Path, seconds: float = 0) -> dict[str, Any] | None:
+def fit(recipe: Recipe, out: Path, world: World, seconds: float = 0) -> dict[str, Any] | None:
     """Train on; None where `seconds` ended it."""
-    trainer = Trainer(recipe, out)
+    trainer = Trainer(recipe, out, world=world)
     timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGUSR1)) if seconds else None
     try:
         if timer is not None:
@@ -106,24 +108,29 @@ def fit(recipe: Recipe, out: Path, seconds: float = 0) -> dict[str, Any] | None:
         trainer.close()
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """What the command reports."""
+def measure(args: argparse.Namespace, world: World) -> dict[str, Any]:
+    """What the command reports; nothing on ranks other than 0."""
     sizes = {"train": args.clips, "val": args.clips // 4}
     root = DataConfig().resolved_cache_dir() / f"motion8-jpeg-{args.clips}"
     write_once(root, lambda folder: write_set(folder, sizes))
-    out = Path(args.out) if args.out else Path(tempfile.mkdtemp()) / "run"
-    recipe = make_recipe(root, args)
-    summary = fit(recipe, out, args.seconds)
+    out = Path(args.out)
+    recipe = make_recipe(root, world.size, args)
+    summary = fit(recipe, out, world, args.seconds)
     stopped = summary is None
+    world.barrier()
     if summary is None:  # ten steps more after the stop, then the evaluation
         done = sum("event" not in row for row in read_journal(out / "metrics.jsonl"))
-        summary = fit(replace(recipe, train=replace(recipe.train, max_steps=done + 10)), out)
+        more = replace(recipe, train=replace(recipe.train, max_steps=done + 10))
+        summary = fit(more, out, world)
     assert summary is not None
+    if not world.is_main:
+        return {}
     steps = [row for row in read_journal(out / "metrics.jsonl") if "event" not in row]
     if [row["iteration"] for row in steps] != list(range(len(steps))):
         raise DataError(f"{out / 'metrics.jsonl'}: the steps are not those of one run.")
     losses = [row["loss"] for row in steps if row["loss"] is not None]
     return {
+        "processes": world.size,
         "stopped_and_resumed": stopped,
         "steps": len(steps),
         "skipped": sum(bool(row["skipped"]) for row in steps),
@@ -131,7 +138,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "loss_last": round(losses[-1], 4),
         "val_top1": summary["val_top1"],
         "chance": 1 / summary["num_classes"],
-        "clips_per_s": round(summary["clips_per_s"], 1),
+        "clips_per_s_per_process": round(summary["clips_per_s"], 1),
         "data_wait": summary["data_wait"],
         "wall_s": summary["wall_s"],
         "loader": summary["loader"],
@@ -147,17 +154,22 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60, help="of training before the stop")
     parser.add_argument("--epochs", type=int, default=18, help="of the schedule, as in the demo")
     parser.add_argument("--clips", type=int, default=640, help="training clips, at least 32")
-    parser.add_argument("--out", default="", help="run folder; default: a temporary one")
+    parser.add_argument("--out", required=True, help="run folder; the same again continues it")
     parser.add_argument("--json", action="store_true", help="JSON as the last line of stdout")
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     if args.clips < 4 * len(CLASSES):
         parser.error(f"--clips: expected at least {4 * len(CLASSES)}, got {args.clips}.")
     try:
-        result = measure(args)
+        world = start_world(args.device, timeout_s=120)
+        result = measure(args, world)
     except (AccelError, DataError) as error:
         print(f"real_training: {error}", file=sys.stderr)
         return error.exit_code
+    finally:
+        stop_world()
+    if not world.is_main:
+        return 0
     for name, value in result.items():
         print(f"{name:20}{value}")
     if args.json:

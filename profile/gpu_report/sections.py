@@ -21,6 +21,7 @@ _NORMS = ("torch", "torch+compile", "fused", "fused+compile")
 _GRAPHED = ("tsn", "tanet", "masnet", "tdn", "amsnet", "msn")
 _CASES = (PYTHON, "profile/kernels_bench.py", *_CUDA)
 _ONCE = (*_CASES, "--quick", "--batch", "1", "--warmups", "1", "--repeats", "1")
+_MINUTE = ("profile/real_training.py", *_CUDA, "--precision", "fp16", "--json", "--seconds", "60")
 _REFERENCE = {"ACCEL_KERNELS": "reference"}
 
 
@@ -56,6 +57,10 @@ def _importable(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:  # not even its parent
         return False
+
+
+def _one_gpu() -> str | None:
+    return "there is one GPU only" if torch.cuda.device_count() < 2 else None
 
 
 def _no_tf32() -> str | None:
@@ -102,16 +107,25 @@ SECTIONS = (
     # Real pixels from JPEG folders, with evaluation, stop, resume and a profile of ten steps.
     Section(
         "training",
-        (
-            *(PYTHON, "profile/real_training.py", *_CUDA, "--precision", "fp16", "--json"),
-            *("--seconds", "60", "--out", "{out}/training_run"),
-        ),
+        (PYTHON, *_MINUTE, "--out", "{out}/training_run"),
         limit_s=240,
         modules=("PIL", "yaml", "tqdm"),
         json=True,
     ),
     Section(
         "training_report", (PYTHON, "profile/nsys_report.py", "{out}/training_run/profile"), 120
+    ),
+    # The same by one process per GPU.
+    Section(
+        "training_distributed",
+        (
+            *(PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "gpu"),
+            *(*_MINUTE, "--out", "{out}/distributed_run"),
+        ),
+        limit_s=240,
+        modules=("PIL", "yaml", "tqdm"),
+        json=True,
+        obstacle=_one_gpu,
     ),
     Section("tests_operators", (*_TESTS, "tests/kernels"), modules=("pytest",)),
     # Every operator once, forward and backward: out-of-bounds and misaligned accesses.

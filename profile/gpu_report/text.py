@@ -36,8 +36,9 @@ def markdown(report: dict[str, Any]) -> str:
         found = report.get(section.name, {"outcome": "not run", "seconds": "", "last_line": ""})
         last = found["last_line"].replace("|", "/")
         lines.append(f"| {section.name} | {found['outcome']} | {found['seconds']} | {last} |")
-    if training := report.get("training", {}).get("result"):
-        lines += ["", "## Training", "", *(f"- {k}: {v}" for k, v in training.items())]
+    for name in ("training", "training_distributed"):
+        if training := report.get(name, {}).get("result"):
+            lines += ["", f"## {name}", "", *(f"- {k}: {v}" for k, v in training.items())]
     for name in (section.name for section in SECTIONS if section.json):
         if rows := report.get(name, {}).get("models"):
             settings = report[name].get("settings", {})
