@@ -225,6 +225,16 @@ def test_input_pipelines_in_the_report(check):
     assert {ask.what: ask for ask in asks(report)}[what].met is True
 
 
+def test_what_measures_operators_is_left_out_without_them(check, monkeypatch):
+    from gpu_report import sections
+
+    monkeypatch.setattr(sections, "_no_operators", lambda: "kernels._C is not built")
+    monkeypatch.setattr(sections, "_no_bf16", lambda: None)
+    left_out = {s.name for s in sections.SECTIONS if s.why_not() == "kernels._C is not built"}
+    assert {"step_fp16", "kernels", "memory", "step_batch_norm"} <= left_out
+    assert not left_out & {"build", "step_reference", "step_fp32_nchw", "training"}
+
+
 def test_every_section_is_a_command_that_exists(check):
     from gpu_report.sections import SECTIONS
 
