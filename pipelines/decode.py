@@ -1,6 +1,7 @@
 """Exact frames of a video: through PyAV, decoding only the packets they need, or Pillow."""
 
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,20 @@ _LOG = logging.getLogger(__name__)
 # Decoders that can be told per packet to leave out frames that nothing refers to.
 _CAN_SKIP = frozenset(("h264", "hevc"))
 
+
+class DecodeCounts(Counter[str]):
+    """Clips by how they were read; threads may count at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+
+    def add(self, name: str) -> None:
+        """Raise one count by one."""
+        with self._lock:
+            self[name] += 1
+
+
 RGB = npt.NDArray[np.uint8]
 
 
@@ -27,14 +42,15 @@ Window = tuple[int, int, int, int]
 
 
 def read_frames(
-    sample: Sample, counts: Counter[str] | None = None, *, window: Window | None = None
+    sample: Sample, counts: DecodeCounts | None = None, *, window: Window | None = None
 ) -> RGB:
     """The frames of a sample.
 
     Args:
         sample: what to read.
-        counts: "trimmed" or "whole" is raised by one: whether the packet table was enough, or the
-            file was decoded from its start. Folders of frames are not counted.
+        counts: "trimmed", "whole" or "unexpected" is raised by one: the packet table was enough,
+            there is none and the file was decoded from its start, or so it was because frames
+            did not come. Folders of frames are not counted.
         window: (x0, y0, width, height) cut from every frame, px; None = whole frames.
 
     Returns:
@@ -64,15 +80,15 @@ def read_frames(
             cut = rows[y0 : y0 + height, 3 * x0 : 3 * (x0 + width)]
             pixels[wanted[index]] = cut.reshape(height, width, 3)
 
-        whole = True
-        if sample.info.packets is not None:
-            whole = not _read_spans(sample, sample.info.packets, list(wanted), store)
-            if whole:
-                _LOG.warning("%s: frames are missing after a keyframe; decoding whole", sample.path)
-        if whole:
+        how = "whole"
+        if (table := sample.info.packets) is not None:
+            how = "trimmed" if _read_spans(sample, table, list(wanted), store) else "unexpected"
+        if how == "unexpected":
+            _LOG.warning("%s: frames are missing after a keyframe; decoding whole", sample.path)
+        if how != "trimmed":
             _read_by_count(sample, list(wanted), store)
         if counts is not None:
-            counts["whole" if whole else "trimmed"] += 1
+            counts.add(how)
     return pixels if np.array_equal(unique, sample.frame_indices) else pixels[gather]
 
 

@@ -5,6 +5,7 @@ against each other, and keeps the fastest. The outcome is remembered beside the 
 a resumed run, and every rank, decodes alike.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 import itertools
@@ -22,7 +23,7 @@ import torch
 from pipelines.cache import locked, replace_bytes
 from pipelines.config import LoaderConfig
 from pipelines.dali_video import DaliVideo, video_operator
-from pipelines.decode import read_frames
+from pipelines.decode import DecodeCounts, read_frames
 from pipelines.errors import DataError, MediaError
 from pipelines.fallback import PyavVideo
 from pipelines.source import Sample, SampleSource
@@ -55,18 +56,28 @@ class DecoderPlan:
     dali: bool
     """Whether DALI is installed."""
 
+    counts: DecodeCounts | None = None
+    """Gets how PyAV read each clip."""
+
     def build(self, name: str) -> Decoder:
         """The decoder `name`: "dali", "dali_gpu" or "pyav"."""
         source = self.source
         if not self.dali:
-            return PyavVideo(threads=self.threads, size=source.size, antialias=self.antialias)
+            return PyavVideo(
+                threads=self.threads,
+                size=source.size,
+                antialias=self.antialias,
+                counts=self.counts,
+            )
         return DaliVideo(
             max_samples=self.max_samples,
             max_frames=source.max_frames,
             threads=self.threads,
             size=source.size,
             antialias=self.antialias,
-            read_frames=read_frames if name == "pyav" else None,
+            read_frames=functools.partial(read_frames, counts=self.counts)
+            if name == "pyav"
+            else None,
             images=source.infos.are_frames,
             device_id=(self.device.index or 0) if name == "dali_gpu" else None,
             steps=source.steps,

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from pipelines.decode import read_frames
+from pipelines.decode import DecodeCounts, read_frames
 from pipelines.geometry import View
 from pipelines.pool import ReadPool
 from pipelines.source import Sample
@@ -61,10 +61,13 @@ def _scaled(
 class PyavVideo:
     """Reads and transforms a group of samples on a pool of threads."""
 
-    def __init__(self, *, threads: int, size: int, antialias: bool) -> None:
+    def __init__(
+        self, *, threads: int, size: int, antialias: bool, counts: DecodeCounts | None = None
+    ) -> None:
         self._pool = ReadPool(threads)
         self._size = size
         self._antialias = antialias
+        self._counts = counts
 
     def submit(self, samples: Sequence[Sample]) -> list[Future[npt.NDArray[np.uint8]]]:
         """Begin to read samples on the threads; `finish` takes the result."""
@@ -83,7 +86,7 @@ class PyavVideo:
 
     def _clip(self, sample: Sample) -> npt.NDArray[np.uint8]:
         unique, gather = np.unique(sample.frame_indices, return_inverse=True)
-        frames = read_frames(replace(sample, frame_indices=unique))
+        frames = read_frames(replace(sample, frame_indices=unique), counts=self._counts)
         cut = apply_views(frames, sample.views, size=self._size, antialias=self._antialias)
         return np.stack([pixels[gather] for pixels in cut])  # [views, F, size, size, 3]
 

@@ -5,6 +5,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +14,10 @@ import torch
 from pipelines import decoders
 from pipelines.config import AugmentConfig, LoaderConfig, SamplingConfig, TestViews
 from pipelines.datasets import Dataset
+from pipelines.decode import DecodeCounts
 from pipelines.decoders import DecoderPlan, choose_decoder
 from pipelines.errors import DataError
+from pipelines.media import MediaInfo
 from pipelines.media_index import index_videos
 from pipelines.order import Split, train_positions, val_positions
 from pipelines.prefetch import Batch, Prefetcher
@@ -162,10 +165,19 @@ class Loader:
             max_samples=self._group * micro_batch,
             device=device,
             dali=decoders.dali_installed(),
+            counts=DecodeCounts(),
         )
         remembered = source.infos.path.with_suffix(".decoder.json")
         self._backend, self.description = choose_decoder(self._plan, loader, remembered)
         self.description += f", {self._threads} threads"
+        self._cut = self._backend != "pyav"  # DALI takes files, PyAV packets
+        self._whole_files = source.infos.whole_files(cut=self._cut)
+        self._whole_clips = 0
+        if self._whole_files:
+            named = "; ".join(f"{count} {reason}" for reason, count in self._whole_files.items())
+            total = sum(self._whole_files.values())
+            text = f"; {total} of {len(source)} videos are decoded from the start of their file"
+            self.description += f"{text} ({named})"
         self.backend = f"{self._backend}, scaled by {'dali' if self._plan.dali else 'torch'}"
         self._state = _State()
         # Also runs at the interpreter's exit, before the threads would be torn down.
@@ -175,6 +187,20 @@ class Loader:
     def num_views(self) -> int:
         """Views of each video in a batch (1 in training)."""
         return self._source.num_views
+
+    @property
+    def decoded_whole(self) -> dict[str, Any]:
+        """What is decoded from the start of its file, not from a keyframe.
+
+        `files` of the split for each reason; `clips` so far of these files; `unexpected_clips` so
+        far of other files, whose packets did not give the frames that their container promised.
+        """
+        unexpected = self._plan.counts["unexpected"] if self._plan.counts else 0
+        return {
+            "files": self._whole_files,
+            "clips": self._whole_clips,
+            "unexpected_clips": unexpected,
+        }
 
     @property
     def labels(self) -> npt.NDArray[np.int32]:
@@ -273,6 +299,7 @@ class Loader:
             clips = torch.empty(0, 1, frames, size, size, 3, dtype=torch.uint8)
         shape = (self._source.num_views, frames // self._source.num_clips, size, size, 3)
         clips = clips.reshape(len(samples), *shape)  # [N, crops * K, T * L, size, size, 3]
+        self._whole_clips += sum(self._is_whole(sample.info) for sample in samples)
         labels = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
         ids = torch.tensor([sample.sample_id for sample in samples], dtype=torch.int64)
         maps = [torch.from_numpy(s.colors) for s in samples if s.colors is not None]
@@ -292,6 +319,10 @@ class Loader:
                 missing = tuple(k for k in self._positions(index) if k not in present)
             batches.append(Batch(clips[own].flatten(0, 1), labels[own], ids[own], color, missing))
         return batches
+
+    def _is_whole(self, info: MediaInfo) -> bool:
+        known = info.packets is not None
+        return info.kind.whole_reason(packets_known=known, cut=self._cut) is not None
 
     def _iterate(self, run: Prefetcher) -> Iterator[Batch]:
         try:

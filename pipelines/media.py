@@ -52,6 +52,23 @@ class StreamKind:
     frame_name: str = ""
     """Names of the files in a folder of frames, e.g. "img_{:05d}.jpg"; "" = a video file."""
 
+    def whole_reason(self, *, packets_known: bool, cut: bool) -> str | None:
+        """Why such a file is decoded from its start, or None if the wanted packets are enough.
+
+        Args:
+            packets_known: whether the file has a packet table.
+            cut: whether the decoder takes a cut file (DALI), not packets (PyAV).
+        """
+        if self.frame_name:
+            return None
+        if not packets_known and self.codec not in _STANDALONE:
+            return f"{self.codec}: packets alone do not give the same pixels"
+        if not packets_known:
+            return f"{self.codec} in {self.container}: packets are not found one by one"
+        if cut and not self.trimmable:
+            return f"{self.codec} in {self.container}: open GOPs or irregular packets"
+        return None
+
     @property
     def dali_cpu_problem(self) -> str | None:
         """Why DALI cannot decode such a file on the CPU, or None."""

@@ -126,6 +126,22 @@ class MediaIndex(Sequence[MediaInfo]):
         pairs = zip(present.tolist(), first.tolist(), strict=True)
         return [(self._kinds[kind], index) for kind, index in pairs if kind >= 0]
 
+    def whole_files(self, *, cut: bool) -> dict[str, int]:
+        """Reason -> number of videos that are decoded from the start of their file.
+
+        Args:
+            cut: see `StreamKind.whole_reason`.
+        """
+        rows = self._usable
+        both = rows["kind"].astype(np.int64) << 1 | (rows["table_bytes"] > 0)
+        found: dict[str, int] = {}
+        for value, count in zip(*np.unique(both, return_counts=True), strict=True):
+            kind = self._kinds[int(value) >> 1]
+            reason = kind.whole_reason(packets_known=bool(value & 1), cut=cut)
+            if reason is not None:
+                found[reason] = found.get(reason, 0) + int(count)
+        return found
+
     @property
     def _usable(self) -> npt.NDArray[Any]:
         return self._rows[self._rows["num_frames"] > 0] if self.problems else self._rows

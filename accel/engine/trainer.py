@@ -111,7 +111,7 @@ class Trainer:
         if not recipe.run.fit_memory:
             self._accumulation()  # refuse before anything is opened
         self._loaders: list[Loader] = []
-        self._quarantines: list[Quarantine] = []
+        self._video_loaders: dict[Split, Loader] = {}
         if self.world.is_main:
             self.folder.acquire()
         try:
@@ -265,6 +265,10 @@ class Trainer:
             journal.gpu(iteration=self.counters.iteration, **sample)
         self._note_unusable(journal)
 
+    @property
+    def _quarantines(self) -> list[Quarantine]:
+        return [loader.quarantine for loader in self._video_loaders.values()]
+
     def _note_unusable(self, journal: Journal | None) -> None:
         """Write down the videos that have been found to be unusable since the last call."""
         if journal is None:
@@ -369,6 +373,9 @@ class Trainer:
             "best_checkpoint": str(best) if best else None,
             f"best_val_{self.rating_name}": self.best_top1,
             "loader": self.train_loader.description,
+            "decoded_whole": {
+                split: loader.decoded_whole for split, loader in self._video_loaders.items()
+            },
             "unusable": [video for each in self._quarantines for video in each.summary()],
             "execution": self.execution,
             "gpu": self.gpu.summary(),
@@ -509,7 +516,7 @@ class Trainer:
             quarantine=self.folder.quarantine,
         )
         self._loaders.append(loader)
-        self._quarantines.append(loader.quarantine)
+        self._video_loaders[split] = loader
         return loader
 
     def _open_folder(self) -> Journal:

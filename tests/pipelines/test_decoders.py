@@ -109,3 +109,36 @@ def test_decoders_that_cannot_read_the_set(
         open_loader(dataset, "dali_gpu")
     mixed = make_dataset([make_video("a.webm"), make_video("b.mp4", codec="libx264")])
     assert "(DALI does not decode h264 on the CPU)" in open_loader(mixed).description
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "auto"])
+def test_what_is_decoded_from_its_start_is_counted(
+    make_video: MakeVideo, make_dataset: MakeDataset, decoder: str
+) -> None:
+    paths = [make_video(f"{k}.avi", codec="mpeg4", options={"bf": "1"}) for k in range(3)]
+    paths += [make_video(f"{k}.ts", codec="libx264") for k in range(2)]
+    paths += [make_video(f"{k}.webm") for k in range(2)]
+    loader = open_loader(make_dataset(paths), decoder)
+    reasons = {
+        "mpeg4: packets alone do not give the same pixels": 3,
+        "h264 in mpegts: packets are not found one by one": 2,
+    }
+    assert "; 5 of 7 videos are decoded from the start of their file (" in loader.description
+    assert loader.decoded_whole == {"files": reasons, "clips": 0, "unexpected_clips": 0}
+    for _ in range(2):
+        list(loader.epoch(0))
+    assert loader.decoded_whole == {"files": reasons, "clips": 10, "unexpected_clips": 0}
+    good = open_loader(make_dataset(paths[-2:]), decoder)
+    list(good.epoch(0))
+    assert "from the start" not in good.description
+    assert good.decoded_whole == {"files": {}, "clips": 0, "unexpected_clips": 0}
+
+
+def test_what_dali_cannot_be_given_in_parts_is_counted(
+    make_video: MakeVideo, make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.media.can_hold", lambda *_: False)
+    loader = open_loader(make_dataset([make_video(f"{k}.webm") for k in range(3)]), "dali")
+    list(loader.epoch(0))
+    (reason,) = loader.decoded_whole["files"]
+    assert "open GOPs or irregular packets" in reason and loader.decoded_whole["clips"] == 3
