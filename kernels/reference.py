@@ -118,7 +118,8 @@ def exchange_statistics(
         mean [C], var [C], rows [1].
     """
     distance = mean - shift
-    own = torch.cat([rows * distance, rows * (var + distance.square()), mean.new_tensor([rows])])
+    count = mean.new_full((1,), rows)  # filled on the device: nothing is copied there
+    own = torch.cat([rows * distance, rows * (var + distance.square()), count])
     total: Tensor = _AllReduce.apply(own, all_reduce)  # type: ignore[no-untyped-call]
     distance, squares = (total[:-1] / total[-1]).chunk(2)
     return shift + distance, (squares - distance.square()).clamp_min(0), total[-1:]

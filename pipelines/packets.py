@@ -136,8 +136,28 @@ def make_table(
 def media_file(path: Path) -> Path:
     """The file that holds a video: itself, or the shard that is a part of its path."""
     name = os.fspath(path)
-    shard, mark, _ = name.partition(f"{SHARD_SUFFIX}/")
-    return Path(shard + SHARD_SUFFIX) if mark else path
+    at = name.find(f"{SHARD_SUFFIX}/")
+    while at >= 0:
+        end = at + len(SHARD_SUFFIX)
+        if not os.path.isdir(name[:end]):  # a folder may be called so too
+            return Path(name[:end])
+        at = name.find(f"{SHARD_SUFFIX}/", end)
+    return path
+
+
+def _read_at(handle: int, size: int, place: int) -> bytes:
+    """As many bytes from there; network disks may give them in several parts.
+
+    Raises:
+        OSError: the file ends before.
+    """
+    block = os.pread(handle, size, place)
+    while len(block) < size:
+        part = os.pread(handle, size - len(block), place + len(block))
+        if not part:
+            raise OSError(f"it ends {size - len(block)} bytes too early")
+        block += part
+    return block
 
 
 def read_packets(
@@ -161,7 +181,7 @@ def read_packets(
                 raise MediaError(path, _changed(size_bytes, got))
             for group in np.split(np.arange(len(packets)), breaks):
                 first, last = int(starts[group[0]]), int(ends[group].max())
-                block = os.pread(handle, last - first, first)
+                block = _read_at(handle, last - first, first)
                 for item in by_place[group].tolist():
                     start = int(offsets[item]) - first
                     result[item] = block[start : start + int(sizes[item])]

@@ -64,8 +64,14 @@ def link_microtubes(
         frames: of the video.
         rule: which micro-tubes are linked.
         num_classes: A, the first columns of all_scores.
-        link_rule: in micro-tubes where the published one is in frames.
+        link_rule: in micro-tubes where the published one is in frames; cost "score".
+
+    Raises:
+        ValueError: another cost.
     """
+    if link_rule is not None and link_rule.cost != "score":
+        # It would compare the boxes too, which travel with the scores.
+        raise ValueError(f'link_microtubes: cost must be "score", got "{link_rule.cost}".')
     num_scores = all_scores.shape[-1]
     # The further boxes travel as further columns of the scores.
     further = boxes[:, :, 1:].reshape(*boxes.shape[:2], -1)

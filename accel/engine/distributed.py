@@ -66,7 +66,7 @@ class World:
         """Which ranks have other facts than rank 0, and in what; the same on all. None: nobody.
 
         Args:
-            facts: plain data, with the same keys on every rank.
+            facts: plain data.
         """
         if self.size == 1:
             return None
@@ -74,7 +74,8 @@ class World:
         dist.all_gather_object(gathered, dict(facts))
         lines = []
         for rank, theirs in enumerate(gathered):
-            changed = [key for key in facts if theirs[key] != gathered[0][key]]
+            keys = gathered[0] | theirs
+            changed = [key for key in keys if theirs.get(key) != gathered[0].get(key)]
             if changed:
                 lines.append(f"rank {rank} differs from rank 0 in {', '.join(changed)}")
         return "; ".join(lines) or None

@@ -66,13 +66,13 @@ def _recompute(part: nn.Module) -> None:
 def _statistics_kept(norms: list[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
     """Batch norms in training mode write their running statistics elsewhere.
 
-    In training mode they do not read them, so anything of the right shape will do.
+    They are copied, since synchronized norms read them: processes exchange sums about the mean.
     """
     training = [norm for norm in norms if norm.training]
     kept = [dict(norm._buffers) for norm in training]
     for norm, buffers in zip(training, kept, strict=True):
         for name, buffer in buffers.items():
-            norm._buffers[name] = None if buffer is None else torch.empty_like(buffer)
+            norm._buffers[name] = None if buffer is None else buffer.clone()
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import kernels
 from accel.engine import batchnorm, precision, recorder, step, timing, trainer
 from accel.engine.batchnorm import StepStatistics
 from accel.engine.config import load_recipe
@@ -21,6 +22,7 @@ from accel.engine.step import TrainStep
 from accel.engine.timing import Ranges, Readback
 from accel.engine.trainer import Trainer
 from accel.models import build_model
+from kernels import reference
 from pipelines.loader import Batch
 
 CPU = torch.device("cpu")
@@ -68,6 +70,9 @@ def test_the_code_of_a_step_calls_nothing_that_waits():
     looped = (trainer.Trainer._train_step, recorder.StepRecorder.add, timing.Readback.__init__)
     for function in looped:
         assert not WAITS & set(_calls(function)), function
+    # Numbers of the host become tensors by filling, which is no copy.
+    for function in (reference.exchange_statistics, reference.update_running, kernels.bn_act):
+        assert not (WAITS | {"new_tensor", "tensor", "as_tensor"}) & set(_calls(function)), function
     # The one place that waits, for a step that ended before the last launch.
     assert "synchronize" in set(_calls(timing.Readback.values))
 

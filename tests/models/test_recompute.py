@@ -6,6 +6,7 @@ from torch import nn
 
 from accel.models import build_model
 from accel.models.detectors import build_detector
+from accel.models.norm import synchronize
 from accel.models.recompute import recompute_activations
 
 CLIPS, SEGMENTS = 4, 4
@@ -53,6 +54,17 @@ def test_other_norms_and_blocks_too(options):
     for mine, others in zip(found[1:], expected[1:], strict=True):
         for key, value in mine.items():
             assert torch.equal(value, others[key]), key
+
+
+def test_synchronized_norms_too():
+    results = []
+    for what in ("none", "block"):
+        model = _network("tanet", batch_norm="fused")
+        synchronize(model, lambda values: values.mul_(2))  # as if another process had the same
+        results.append(_trained(model, what))
+    for mine, others in zip(results[1][1:], results[0][1:], strict=True):
+        for key, value in mine.items():
+            torch.testing.assert_close(value, others[key], rtol=1e-4, atol=1e-5, msg=key)
 
 
 def _kept_bytes(model):

@@ -290,3 +290,21 @@ main({arguments!r})
     assert not list(out.glob("*.part-*"))
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert np.array_equal(clips(open_loader(out, "torch")), clips(open_loader(root, "torch")))
+
+
+def test_reads_that_give_less_go_on_and_folders_may_be_called_like_shards(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, make_set: Callable[..., Path]
+) -> None:
+    root = make_set("h264")
+    assert pack(root, tmp_path / "raw.shard") == 0
+    (name,) = (line.split()[0] for line in (tmp_path / "raw.shard/list.txt").open() if "/0" in line)
+    path = tmp_path / "raw.shard" / name
+    assert packets.media_file(path).name == "00000.shard"
+
+    whole = packets.media_file(path).read_bytes()
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, size, place: pread(fd, min(size, 100), place))
+    with packets.media_file(path).open("rb") as handle:
+        assert packets._read_at(handle.fileno(), len(whole) - 7, 7) == whole[7:]
+        with pytest.raises(OSError, match="ends 3 bytes too early"):
+            packets._read_at(handle.fileno(), len(whole), 3)
