@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.sgd import sgd
 
 from accel.engine.apex import apex_sgd
 from accel.models.detectors import Detector
@@ -47,6 +48,55 @@ class OptimConfig:
             raise ValueError(f"optim.clip_norm: must be >= 0 (0 = off), got {self.clip_norm}.")
 
 
+class DenseSGD(torch.optim.SGD):
+    """Fused `torch.optim.SGD` of dense tensors, whatever order their strides give.
+
+    The fused kernel pairs the elements of parameter, gradient and momentum as they lie in memory.
+    On a CPU it also copies every gradient that is not contiguous, all kernels in channels_last
+    among them, and does not use the copy. Flat views of the same memory spare it that.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient; there is no closure."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            sgd(
+                [_flat(p) for p in parameters],
+                [_flat(_laid_out(p.grad, p)) for p in parameters],
+                [self._momentum(p) for p in parameters],
+                weight_decay=group["weight_decay"],
+                momentum=group["momentum"],
+                lr=group["lr"],
+                dampening=group["dampening"],
+                nesterov=group["nesterov"],
+                maximize=group["maximize"],
+                fused=True,
+                grad_scale=getattr(self, "grad_scale", None),
+                found_inf=getattr(self, "found_inf", None),
+            )
+
+    def _momentum(self, parameter: Tensor) -> Tensor | None:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            return None
+        state["momentum_buffer"] = _laid_out(state["momentum_buffer"], parameter)
+        return _flat(state["momentum_buffer"])
+
+
+def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor, copied if the strides that matter are not those of `like`."""
+    strides = zip(tensor.stride(), like.stride(), like.shape, strict=True)
+    if all(own == other or length == 1 for own, other, length in strides):
+        return tensor
+    return torch.empty_like(like).copy_(tensor)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The memory of a dense tensor as one dimension."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
 class Optimizer:
     """Fused SGD over the published groups, with rates set from outside before every step.
 
@@ -81,7 +131,7 @@ class Optimizer:
             self.sgd: Any = apex_sgd(groups, device=device, **shared)
             device_rates = False  # apex takes numbers of the host
         else:
-            self.sgd = torch.optim.SGD(groups, fused=True, **shared)
+            self.sgd = DenseSGD(groups, fused=True, **shared)
         if device.type == "cuda" if device_rates is None else device_rates:
             for settings in self.sgd.param_groups:
                 settings["lr"] = torch.full((), config.lr, device=device)

@@ -54,28 +54,28 @@ class PatchConv2d(nn.Conv2d):
 class _PatchProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.stride, ctx.padding = stride, padding
         patches = _patches(x, weight.shape[-1], stride, padding)  # [N, h, w, k*k*C]
+        # The patches of a 3x3 kernel of stride 2 are about twice the input, which stays alive too.
+        ctx.save_for_backward(patches, weight)
+        ctx.size, ctx.stride, ctx.padding = x.shape[-2:], stride, padding
         y = _product(patches.flatten(0, 2), _matrix(weight))
         return y.view(*patches.shape[:3], -1).permute(0, 3, 1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, weight = ctx.saved_tensors
+        patches, weight = ctx.saved_tensors
         channels, kernel = weight.shape[1], weight.shape[-1]
         rows = dy.permute(0, 2, 3, 1).flatten(0, 2)  # [R, C']
         dx = dweight = None
         if ctx.needs_input_grad[1]:
-            patches = _patches(x, kernel, ctx.stride, ctx.padding).flatten(0, 2)  # [R, k*k*C]
-            # Copies of the large factor in the order of the product are worth their time.
-            product = _product(rows.t(), patches.t().contiguous())  # [C', k*k*C]
+            product = _product(rows.t(), patches.flatten(0, 2).t())  # [C', k*k*C]
             dweight = product.view(-1, kernel, kernel, channels).permute(0, 3, 1, 2)
         if ctx.needs_input_grad[0]:
+            # A copy of the weights in the order of the product is worth its time.
             dpatches = _product(rows, _matrix(weight).t().contiguous())
-            height, width = (extent + 2 * ctx.padding for extent in x.shape[-2:])
-            padded = dy.new_zeros(x.shape[0], height, width, channels)
+            height, width = (extent + 2 * ctx.padding for extent in ctx.size)
+            padded = dy.new_zeros(dy.shape[0], height, width, channels)
             parts = dpatches.view(*dy.shape[:1], *dy.shape[2:], kernel * kernel, channels).unbind(3)
             for part, window in zip(
                 parts, _windows(padded, kernel, ctx.stride, dy.shape[-2:]), strict=True
