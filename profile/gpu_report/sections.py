@@ -164,6 +164,12 @@ SECTIONS = (
         limit_s=240,
         json=True,
     ),
+    # Graphs and compiled steps must give the losses of eager ones; memory with recomputation.
+    Section(
+        "graphs",
+        (PYTHON, "profile/execution.py", *_CUDA, "--precision", "fp16", "--json"),
+        json=True,
+    ),
     # The same steps with every operator as plain PyTorch.
     Section(
         "step_reference",

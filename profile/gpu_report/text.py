@@ -6,6 +6,15 @@ from gpu_report.asks import asks, table
 from gpu_report.sections import SECTIONS
 
 _SITE = ("op", "form", "channels", "size", "direction", "implementation")
+_WAYS = (
+    "model",
+    "way",
+    "checkpoint_activations",
+    "step_ms",
+    "ratio_to_eager",
+    "peak_gib",
+    "loss_difference",
+)
 _LOADER = ("name", "backend", "clips_per_s", "cpu_ms_per_clip", "ratio_to_best_peer", "description")
 _WAIT = ("decoder", "data_wait", "train_clips_per_s", "compute_clips_per_s", "loader_clips_per_s")
 _STEP = (
@@ -55,15 +64,22 @@ def markdown(report: dict[str, Any]) -> str:
                 numbers = f"{row['median_us']:.1f}", f"{row['gb_s']:.0f}", f"{row['of_copy']:.0%}"
                 cells.append([*(str(row[column]) for column in _SITE), *numbers])
             lines += _table((*_SITE, "median us", "GB/s", "of copy"), cells)
-    for name, key, columns in (("loader", "sets", _LOADER), ("data_wait", "data_wait", _WAIT)):
+    tables = (
+        ("graphs", "ways", _WAYS),
+        ("loader", "sets", _LOADER),
+        ("data_wait", "data_wait", _WAIT),
+    )
+    for name, key, columns in tables:
         found = report.get(name, {})
-        if rows := [row for row in found.get(key, []) if "problem" not in row]:
+        if rows := [row for row in found.get(key, []) if not row.get("problem")]:
             lines += ["", f"## {name}", ""]
             lines += _table(
                 columns, [[_short(row.get(column)) for column in columns] for row in rows]
             )
         problems = [
-            (row["decoder"], row["problem"]) for row in found.get(key, []) if "problem" in row
+            (row.get("decoder") or row["way"], row["problem"])
+            for row in found.get(key, [])
+            if row.get("problem")
         ]
         for set_name, reasons in found.get("not_measured", {}).items():
             problems += [(f"{set_name}, {backend}", why) for backend, why in reasons.items()]

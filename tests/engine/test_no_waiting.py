@@ -87,7 +87,7 @@ def test_no_operator_of_a_step_reads_the_device(monkeypatch):
                 reading.append(str(func))
             return func(*args, **(kwargs or {}))
 
-    for mode in ("fp32", "fp16"):
+    for mode in ("fp32", "bf16", "fp16"):
         _, train_step = _train_step(mode, accumulation=2)
         train_step(_batches(2), 0)  # the first call may set things up
         with Watch():
@@ -199,10 +199,14 @@ class _LayoutCopies(TorchDispatchMode):
 
 
 # In channels_last every operator takes and gives tensors as they lie in memory. Known copies:
-KNOWN_COPIES = {"tdn": [("clone", (8, 3, 32, 32))]}  # the middle frame, 3 of 15 channels
+KNOWN_COPIES = {
+    "tdn": [("clone", (8, 3, 32, 32))],  # the middle frame, 3 of 15 channels
+    # And 7 of 8 frames of a quarter of a site's channels, in each of the motion layers.
+    "msn": [("clone", (8, 3, 32, 32)), *[("clone", (7, 4, 8, 8))] * 4],
+}
 
 
-@pytest.mark.parametrize("name", ["tsn", "tsm", "tanet", "masnet", "amsnet", "tdn"])
+@pytest.mark.parametrize("name", ["tsn", "tsm", "tanet", "masnet", "amsnet", "tdn", "msn"])
 def test_no_silent_layout_copies_of_activations(name):
     recipe = load_recipe("demo_motion8", {"model.name": name, "model.stages": "2"})
     seed_everything(0, "model")
