@@ -19,6 +19,7 @@ STEP = {"tsm": 1.04, "tanet": 1.06, "masnet": 1.10, "tdn": 1.20, "amsnet": 1.45,
 MEMORY_GB = {"tsn": 3.8, "tsm": 3.8, "tanet": 3.8, "masnet": 3.8, "tdn": 3.8, "msn": 6.0}
 SPEEDUP = 4.0  # of TANet, fp16 and fused, over plain fp32 in NCHW
 DATA_WAIT = 0.02  # of a step's time, TANet-R50 on prepared H.264
+HEADS = 1.4  # times the micro-tubes/s of the gathered form
 NORM_GAIN = 0.05  # of a whole step, by which the fused batch norm pays for itself
 
 
@@ -42,6 +43,7 @@ def asks(report: dict[str, Any]) -> list[Ask]:
         *_bandwidth(report),
         *_input(report),
         *_norm(report),
+        *_heads(report),
     ]
 
 
@@ -138,3 +140,14 @@ def table(rows: Sequence[Ask]) -> list[str]:
     met = {True: "yes", False: "no", None: ""}
     lines = ["| asked for | ask | measured | met |", "|---|---|---|---|"]
     return lines + [f"| {a.what} | {a.asked} | {a.measured} | {met[a.met]} |" for a in rows]
+
+
+def _heads(report: dict[str, Any]) -> Iterator[Ask]:
+    ratio = report.get("amtnet", {}).get("heads", {}).get("ratio")
+    yield _ask(
+        "AMTNet's heads as convolutions over the gathered form, micro-tubes/s",
+        f">= {HEADS}",
+        ratio,
+        f"{ratio or 0:.2f}",
+        (ratio or 0) >= HEADS,
+    )

@@ -225,6 +225,29 @@ SECTIONS = (
         modules=("nvidia.dali", "av", "jsonargparse"),
         json=True,
     ),
+    # The detector: heads as convolutions against the published gathered form, steps, and training
+    # at 300 px from images on disk.
+    Section(
+        "amtnet",
+        (
+            *(PYTHON, "profile/detector.py", *_CUDA, "--precision", "fp16", "--json"),
+            *("--batch", "8", "--steps", "20", "--warmups", "5"),
+        ),
+        limit_s=180,
+        json=True,
+    ),
+    Section(
+        "amtnet_training",
+        (
+            *(PYTHON, "train.py", "--recipe", "amtnet_rgb_ucf24", "--json"),
+            *("--detection.dataset", "moving_objects", "--detection.pixel_scale", "64"),
+            *("--run.device", "cuda", "--precision.mode", "fp16", "--optim.lr", "0.00001"),
+            *("--train.max_steps", "40", "--out", "{out}/amtnet_run"),
+        ),
+        limit_s=300,
+        modules=("jsonargparse", "PIL"),
+        json=True,
+    ),
     Section(
         "step_tf32",
         (*_STEP, "--precision", "tf32"),
