@@ -1,9 +1,12 @@
 """Batches of micro-tubes: read, augment, stack, pad; the order and every draw are stateless."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from threading import Lock
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -11,10 +14,14 @@ from torch import Tensor
 
 from pipelines.microtubes import Microtube, distinct_images, image_fractions, stacked
 from pipelines.order import Purpose, epoch_order, train_positions
-from pipelines.ssd_augment import SeededDraws, augment, plain_view
+from pipelines.ssd_augment import SeededDraws, SSDView, augment, draw_view, plain_view
 from pipelines.tube_data import Stream, TubeSet
 
+if TYPE_CHECKING:
+    from pipelines.dali_microtubes import DaliViews
+
 Augmentation = Literal["ssd", "mirror", "none"]
+PixelBackend = Literal["numpy", "dali"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +51,9 @@ class MicrotubeView:
     augmentation: Augmentation = "ssd"
     """Of training: all of SSD's, mirroring alone, or nothing."""
 
+    pixels: PixelBackend = "numpy"
+    """What decodes and augments: Pillow and NumPy, or a DALI graph (SSD's augmentation only)."""
+
 
 class MicrotubeLoader:
     """Training batches of one process.
@@ -60,10 +70,8 @@ class MicrotubeLoader:
         threads: that read images, >= 1; the data does not depend on it.
 
     Raises:
-        ValueError: fewer items than a step needs.
+        ValueError: fewer items than a step needs; DALI for another augmentation than SSD's.
     """
-
-    backend = "pillow"
 
     def __init__(
         self,
@@ -85,6 +93,11 @@ class MicrotubeLoader:
                 f"train.global_batch: {global_batch} micro-tubes per step, but the set has "
                 f"{len(items)}."
             )
+        if view.pixels == "dali" and view.augmentation != "ssd":
+            raise ValueError(
+                f"detection.pixels: dali needs detection.augmentation ssd, got {view.augmentation}."
+            )
+        self.backend = "dali" if view.pixels == "dali" else "pillow"
         self._data, self._items, self._view, self._seed = data, items, view, seed
         self._share = {
             "rank": rank,
@@ -94,6 +107,14 @@ class MicrotubeLoader:
         }
         self._batches = self.steps_per_epoch * global_batch // (micro_batch * world_size)
         self._device = device or torch.device("cpu")
+        self._dali: DaliViews | None = None
+        self._dali_lock = Lock()
+        if view.pixels == "dali":
+            from pipelines.dali_microtubes import DaliViews
+
+            frames = len(items[0].frames)
+            images = micro_batch * frames * sum(stack for _, stack in view.streams)
+            self._dali = DaliViews(max_images=images, size=view.size, threads=threads)
         self._pool = ThreadPoolExecutor(threads, "accel-microtubes")
         self._ahead = 2 * threads
 
@@ -101,7 +122,8 @@ class MicrotubeLoader:
     def description(self) -> str:
         """For summaries."""
         streams = ", ".join(f"{name} x {stack}" for name, stack in self._view.streams)
-        return f"{len(self._items)} micro-tubes of {streams}, Pillow and NumPy"
+        tools = "DALI" if self._dali is not None else "Pillow and NumPy"
+        return f"{len(self._items)} micro-tubes of {streams}, {tools}"
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -140,7 +162,10 @@ class MicrotubeLoader:
         )
 
     def _batch(self, epoch: int, ids: Sequence[int]) -> MicrotubeBatch:
-        samples = [self._sample(epoch, i) for i in ids]
+        if self._dali is not None:
+            samples = self._dali_samples(self._dali, epoch, ids)
+        else:
+            samples = [self._sample(epoch, i) for i in ids]
         most = max(len(labels) for _, _, labels in samples)
         frames = len(self._items[ids[0]].frames)
         boxes = torch.zeros(len(samples), most, frames, 4)
@@ -155,6 +180,44 @@ class MicrotubeLoader:
             for k in range(len(self._view.streams))
         )
         return MicrotubeBatch(streams, boxes, labels)
+
+    def _dali_samples(
+        self, views: DaliViews, epoch: int, ids: Sequence[int]
+    ) -> list[tuple[list[np.ndarray], np.ndarray, np.ndarray]]:
+        """As `_sample`, for all items of a batch in one run of the graph."""
+        files: list[np.ndarray] = []
+        drawn: list[SSDView] = []
+        numbers, found = [], []
+        for index in ids:
+            item = self._items[index]
+            video = self._data.videos[item.video]
+            own = stream_numbers(item, video.num_frames, self._view)
+            numbers.append(own)
+            before, size = len(files), (0, 0)
+            for (stream, _), wanted in zip(self._view.streams, own, strict=True):
+                encoded, size = self._data.encoded(stream, video, wanted)
+                files += encoded
+            width, height = size
+            boxes = image_fractions(item.boxes, width=width, height=height)
+            draws = SeededDraws(self._seed, int(Purpose.VIEW), epoch, index)
+            view, boxes, labels = draw_view(height, width, boxes, item.labels, draws)
+            drawn += [view] * (len(files) - before)
+            found.append((boxes, labels))
+        try:
+            with self._dali_lock:
+                pixels = views(files, drawn)
+        except RuntimeError:
+            for index in ids:  # names the file
+                read_images(self._data, self._items[index], self._view)
+            raise
+        samples, first = [], 0
+        for index, own, (boxes, labels) in zip(ids, numbers, found, strict=True):
+            count = sum(map(len, own))
+            part = pixels[first : first + count]
+            first += count
+            inputs = stream_inputs(self._data, self._items[index], self._view, part, own)
+            samples.append((inputs, boxes, labels))
+        return samples
 
     def _sample(self, epoch: int, index: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
         """Inputs of the streams [T, 3*F, S, S], boxes [M, T, 4] and labels [M] of one item."""
@@ -175,6 +238,11 @@ class MicrotubeLoader:
         return stream_inputs(self._data, item, self._view, pixels, numbers), boxes, labels
 
 
+def stream_numbers(item: Microtube, num_frames: int, view: MicrotubeView) -> list[list[int]]:
+    """File numbers of the images that each stream needs for an item."""
+    return [distinct_images(item.frames, num_frames, stack) for _, stack in view.streams]
+
+
 def read_images(
     data: TubeSet, item: Microtube, view: MicrotubeView
 ) -> tuple[np.ndarray, list[list[int]]]:
@@ -184,7 +252,7 @@ def read_images(
         MediaError: an image that cannot be used.
     """
     video = data.videos[item.video]
-    numbers = [distinct_images(item.frames, video.num_frames, stack) for _, stack in view.streams]
+    numbers = stream_numbers(item, video.num_frames, view)
     parts = [
         data.read(stream, video, own)
         for (stream, _), own in zip(view.streams, numbers, strict=True)

@@ -1,5 +1,6 @@
 """SSD's training augmentation, one draw for all images of a micro-tube and for its boxes."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -38,6 +39,29 @@ class SeededDraws:
         return low + (high - low) * float(self._rng.random())
 
 
+@dataclass(frozen=True)
+class SSDView:
+    """The draws of one augmentation: the same for all images of a micro-tube."""
+
+    brightness: float
+    """Added to all values."""
+    contrast: float
+    """Factor on all values."""
+    contrast_first: bool
+    """Contrast before hue and saturation."""
+    saturation: float
+    """Factor."""
+    hue: float
+    """Degrees."""
+    channels: tuple[int, int, int]
+    """Which old channel each new one is."""
+    offset: tuple[int, int]
+    """Column and row of the images on their canvas of the mean color."""
+    window: tuple[int, int, int, int]
+    """Left, top, right, bottom of what is seen of the canvas."""
+    mirror: bool
+
+
 def augment(
     images: np.ndarray, boxes: np.ndarray, labels: np.ndarray, draws: Draws, *, size: int = 300
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -56,21 +80,62 @@ def augment(
         labels: [M']
     """
     height, width = images.shape[1:3]
-    pixels = images.astype(np.float32)
-    scale = np.array((width, height, width, height), dtype=np.float64)
-    boxes = boxes * scale
-    pixels = _colors(pixels, draws)
-    pixels, boxes = _expand(pixels, boxes, draws)
-    pixels, boxes, labels = _crop(pixels, boxes, labels, draws)
+    view, boxes, labels = draw_view(height, width, boxes, labels, draws)
+    return apply_view(images, view, size=size), boxes, labels
+
+
+def draw_view(
+    height: int, width: int, boxes: np.ndarray, labels: np.ndarray, draws: Draws
+) -> tuple[SSDView, np.ndarray, np.ndarray]:
+    """The draws of `augment` for images of a size, and what becomes of boxes and labels."""
+    boxes = boxes * np.array((width, height, width, height), dtype=np.float64)
+    brightness = draws.uniform(-32, 32) if draws.integer(2) else 0.0
+    contrast_first = bool(draws.integer(2))
+    contrast = _contrast(draws) if contrast_first else 1.0
+    # Parity: AMTNet draws both numbers before the coins that may leave them unused.
+    saturation = draws.uniform(0.5, 1.5)
+    saturation = saturation if draws.integer(2) else 1.0
+    hue = draws.uniform(-18, 18)
+    hue = hue if draws.integer(2) else 0.0
+    contrast = contrast if contrast_first else _contrast(draws)
+    channels = (0, 1, 2)
     if draws.integer(2):
+        channels = _CHANNEL_ORDERS[draws.integer(len(_CHANNEL_ORDERS))]
+    left = top = 0
+    if not draws.integer(2):  # half of the time on a larger canvas of the mean color
+        ratio = draws.uniform(1, 4)
+        left = int(draws.uniform(0, width * ratio - width))
+        top = int(draws.uniform(0, height * ratio - height))
+        height, width = int(height * ratio), int(width * ratio)
+        boxes = boxes + np.array((left, top, left, top))
+    window, boxes, labels = _crop(height, width, boxes, labels, draws)
+    width, height = window[2] - window[0], window[3] - window[1]
+    mirror = bool(draws.integer(2))
+    if mirror:
+        boxes = boxes.copy()
+        boxes[..., [0, 2]] = width - boxes[..., [2, 0]]
+    boxes = boxes / np.array((width, height, width, height), dtype=np.float64)
+    view = SSDView(
+        brightness, contrast, contrast_first, saturation, hue, channels, (left, top), window, mirror
+    )
+    return view, boxes.astype(np.float32), labels
+
+
+def apply_view(images: np.ndarray, view: SSDView, *, size: int = 300) -> np.ndarray:
+    """The pixels of a view, [n, size, size, 3] float32, means subtracted; see `augment`."""
+    pixels = images.astype(np.float32) + np.float32(view.brightness)
+    if view.contrast_first:
+        pixels = pixels * np.float32(view.contrast)
+    pixels = _hue_and_saturation(pixels, view)
+    if not view.contrast_first:
+        pixels = pixels * np.float32(view.contrast)
+    pixels = _cut(pixels[..., view.channels], view)
+    if view.mirror:
         # Parity: AMTNet: the values of flow images are mirrored in place only, never negated.
         pixels = pixels[:, :, ::-1]
-        boxes = boxes.copy()
-        boxes[..., [0, 2]] = pixels.shape[2] - boxes[..., [2, 0]]
-    height, width = pixels.shape[1:3]
-    boxes = boxes / np.array((width, height, width, height), dtype=np.float64)
-    resized = resize(np.ascontiguousarray(pixels), size) - np.array(MEAN_BGR, dtype=np.float32)
-    return resized, boxes.astype(np.float32), labels
+    resized = resize(np.ascontiguousarray(pixels), size)
+    subtracted: np.ndarray = resized - np.array(MEAN_BGR, dtype=np.float32)
+    return subtracted
 
 
 def plain_view(images: np.ndarray, *, size: int = 300) -> np.ndarray:
@@ -91,33 +156,14 @@ def resize(images: np.ndarray, size: int) -> np.ndarray:
     return result
 
 
-def _colors(pixels: np.ndarray, draws: Draws) -> np.ndarray:
-    if draws.integer(2):
-        pixels = pixels + np.float32(draws.uniform(-32, 32))
-    contrast_first = draws.integer(2)
-    if contrast_first:
-        pixels = _contrast(pixels, draws)
-    pixels = _hue_and_saturation(pixels, draws)
-    if not contrast_first:
-        pixels = _contrast(pixels, draws)
-    if draws.integer(2):
-        pixels = pixels[..., _CHANNEL_ORDERS[draws.integer(len(_CHANNEL_ORDERS))]]
-    return pixels
+def _contrast(draws: Draws) -> float:
+    return draws.uniform(0.5, 1.5) if draws.integer(2) else 1.0
 
 
-def _contrast(pixels: np.ndarray, draws: Draws) -> np.ndarray:
-    return pixels * np.float32(draws.uniform(0.5, 1.5)) if draws.integer(2) else pixels
-
-
-def _hue_and_saturation(pixels: np.ndarray, draws: Draws) -> np.ndarray:
-    # Parity: AMTNet draws both numbers before the coins that may leave them unused.
-    factor = draws.uniform(0.5, 1.5)
-    factor = factor if draws.integer(2) else 1.0
-    turn = draws.uniform(-18, 18)
-    turn = turn if draws.integer(2) else 0.0
+def _hue_and_saturation(pixels: np.ndarray, view: SSDView) -> np.ndarray:
     hue, saturation, value = _hsv(pixels)
-    saturation = saturation * np.float32(factor)
-    hue = hue + np.float32(turn)
+    saturation = saturation * np.float32(view.saturation)
+    hue = hue + np.float32(view.hue)
     hue = np.where(hue > 360, hue - 360, hue)
     hue = np.where(hue < 0, hue + 360, hue)
     return _bgr(hue, saturation, value)
@@ -154,29 +200,29 @@ def _bgr(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarr
     return stacked
 
 
-def _expand(pixels: np.ndarray, boxes: np.ndarray, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
-    """Half of the time the images become a part of a larger canvas of the mean color."""
-    if draws.integer(2):
-        return pixels, boxes
-    count, height, width, _ = pixels.shape
-    ratio = draws.uniform(1, 4)
-    left = int(draws.uniform(0, width * ratio - width))
-    top = int(draws.uniform(0, height * ratio - height))
-    canvas = np.empty((count, int(height * ratio), int(width * ratio), 3), dtype=np.float32)
-    canvas[:] = MEAN_BGR
-    canvas[:, top : top + height, left : left + width] = pixels
-    return canvas, boxes + np.array((left, top, left, top))
+def _cut(pixels: np.ndarray, view: SSDView) -> np.ndarray:
+    """The window of the canvas, the mean color around the images."""
+    left, top, right, bottom = view.window
+    x, y = view.offset
+    height, width = pixels.shape[1:3]
+    cut = np.empty((len(pixels), bottom - top, right - left, 3), dtype=np.float32)
+    cut[:] = MEAN_BGR
+    x0, y0 = max(left, x), max(top, y)
+    x1, y1 = min(right, x + width), min(bottom, y + height)
+    if x1 > x0 and y1 > y0:
+        seen = pixels[:, y0 - y : y1 - y, x0 - x : x1 - x]
+        cut[:, y0 - top : y1 - top, x0 - left : x1 - left] = seen
+    return cut
 
 
 def _crop(
-    pixels: np.ndarray, boxes: np.ndarray, labels: np.ndarray, draws: Draws
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A part of the images that overlaps the micro-tubes enough, or the images as they are."""
-    height, width = pixels.shape[1:3]
+    height: int, width: int, boxes: np.ndarray, labels: np.ndarray, draws: Draws
+) -> tuple[tuple[int, int, int, int], np.ndarray, np.ndarray]:
+    """A window that overlaps the micro-tubes enough, or the whole, and what it shows of them."""
     while True:
         least = _LEAST_OVERLAPS[draws.integer(len(_LEAST_OVERLAPS))]
         if least is None:
-            return pixels, boxes, labels
+            return (0, 0, width, height), boxes, labels
         for _ in range(_TRIALS):
             w, h = draws.uniform(0.3 * width, width), draws.uniform(0.3 * height, height)
             if not 0.5 <= h / w <= 2:
@@ -195,7 +241,7 @@ def _crop(
             cut[..., :2] = np.maximum(cut[..., :2], window[:2])
             cut[..., 2:] = np.minimum(cut[..., 2:], window[2:])
             x0, y0, x1, y1 = window.tolist()
-            return pixels[:, y0:y1, x0:x1], cut - np.tile(window[:2], 2), labels[kept]
+            return (x0, y0, x1, y1), cut - np.tile(window[:2], 2), labels[kept]
 
 
 def _overlap(boxes: np.ndarray, window: np.ndarray) -> np.ndarray:

@@ -95,6 +95,23 @@ class TubeSet:
             images.append(pixels)
         return np.stack(images)[..., ::-1]
 
+    def encoded(
+        self, stream: Stream, video: VideoAnnotation, numbers: Sequence[int]
+    ) -> tuple[list[np.ndarray], tuple[int, int]]:
+        """The bytes of images, and width and height of the first one; see `read`.
+
+        Raises:
+            MediaError: one is missing, or the first is no image.
+        """
+        files = []
+        for number in numbers:
+            path = self.folder(stream, video) / f"{number:05d}.jpg"
+            try:
+                files.append(np.fromfile(path, dtype=np.uint8))
+            except OSError as error:
+                raise MediaError(path, f"cannot be read as an image: {error}.") from error
+        return files, _image_size(self.folder(stream, video) / f"{numbers[0]:05d}.jpg")
+
 
 def open_tube_set(
     root: Path,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from accel.models.amtnet import StreamFusion
-from pipelines.microtube_loader import Augmentation, MicrotubeView
+from pipelines.microtube_loader import Augmentation, MicrotubeView, PixelBackend
 from pipelines.microtubes import TRAIN_GAPS
 from pipelines.tube_data import DetectionSet, Stream
 
@@ -50,6 +50,9 @@ class DetectionConfig:
     """Bytes minus means are divided by it, > 0. Published weights: 1; from random weights: 64."""
     augmentation: Augmentation = "ssd"
     """ssd (colors, expansion, crop, mirror) | mirror | none."""
+    pixels: PixelBackend = "numpy"
+    """numpy (Pillow and NumPy) | dali (one graph decodes and augments; for augmentation ssd). They
+    are equal but for rounding."""
     start_base: str = ""
     """Checkpoint from which the trunk starts: ROAD's SSD or AMTNet ("": random)."""
     start_extra: str = ""
@@ -96,7 +99,12 @@ class DetectionConfig:
         streams: tuple[tuple[Stream, int], ...] = ((self.stream, self.stack),)
         if self.fusion != "none":
             streams += ((self.extra_stream, self.extra_stack),)
-        return MicrotubeView(streams=streams, size=self.size, augmentation=self.augmentation)
+        return MicrotubeView(
+            streams=streams,
+            size=self.size,
+            augmentation=self.augmentation,
+            pixels=self.pixels,
+        )
 
     @property
     def network_options(self) -> dict[str, Any]:
