@@ -260,6 +260,7 @@ def flow_main(argv: Sequence[str]) -> int:
     """Compute flow for a detection set that has none."""
     import torch
 
+    from pipelines.decoders import dali_installed
     from pipelines.flow import FlowMethod, flow_function, write_flow
     from pipelines.tube_data import open_tube_set
 
@@ -276,7 +277,7 @@ def flow_main(argv: Sequence[str]) -> int:
         "--method",
         choices=("auto", *get_args(FlowMethod)),
         default="auto",
-        help="opencv: DIS on the CPU; dali: the GPU's engine; auto: dali if there is a GPU",
+        help="opencv: DIS on the CPU; dali: the GPU's engine; auto: dali if GPU and DALI are there",
     )
     parser.add_argument(
         "--bound", type=float, default=20.0, help="longest motion a byte can tell, px (default 20)"
@@ -289,7 +290,7 @@ def flow_main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--threads: expected an integer >= 1, got {options.threads}.")
     method: FlowMethod = options.method
     if options.method == "auto":
-        method = "dali" if torch.cuda.is_available() else "opencv"
+        method = "dali" if torch.cuda.is_available() and dali_installed() else "opencv"
     compute = flow_function(method)
     root = Path(options.root).expanduser().absolute()
     data = open_tube_set(root, options.dataset, split=options.split)

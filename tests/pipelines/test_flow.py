@@ -2,11 +2,16 @@
 
 import json
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from accel.cli.main import main as accel
+from pipelines import dali_flow, decoders
 from pipelines.errors import DataError
 from pipelines.flow import flow_function, flow_images, write_flow
 from pipelines.moving_objects import generate_moving_objects
@@ -65,8 +70,39 @@ def test_what_is_missing_is_said(root, monkeypatch, capsys) -> None:
     command = ["data", "flow", "--root", str(root), "--dataset", "moving_objects"]
     assert accel([*command, "--method", "opencv"]) == 3
     assert "pip install opencv-python-headless" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # a GPU, but no DALI
+    monkeypatch.setattr(decoders, "dali_installed", lambda: False)
+    assert accel(command) == 3
+    assert "pip install opencv-python-headless" in capsys.readouterr().err
     assert accel([*command, "--bound", "0"]) == 2
     assert "--bound" in capsys.readouterr().err
+
+
+class _OnePipeline:
+    """As a pipeline of DALI: what was fed last comes out, in memory that the next run reuses."""
+
+    def __init__(self) -> None:
+        self.memory = np.zeros((1, 1, 2, 2, 2), np.float32)
+
+    def feed_input(self, name, batch):
+        self.value = batch[0].mean()
+
+    def run(self):
+        time.sleep(0.002)
+        self.memory[:] = self.value
+        array = SimpleNamespace(as_array=lambda: self.memory)
+        return [SimpleNamespace(as_cpu=lambda: array)]
+
+
+def test_threads_do_not_get_the_flow_of_one_another(monkeypatch) -> None:
+    pipeline = _OnePipeline()
+    monkeypatch.setattr(dali_flow, "_pipeline", lambda device_id: pipeline)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    videos = [np.full((2, 8, 8, 3), value, np.uint8) for value in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        flows = list(pool.map(dali_flow.dali_flow, videos))
+    assert [float(flow.max()) for flow in flows] == list(range(40))
 
 
 @pytest.mark.parametrize(
