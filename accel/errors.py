@@ -32,6 +32,6 @@ class CheckpointError(AccelError):
 
 
 class DivergedError(AccelError):
-    """Training produced a non-finite loss or gradient."""
+    """A non-finite loss or gradient in training, or scores of a network that are not finite."""
 
     exit_code = 4

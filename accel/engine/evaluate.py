@@ -134,7 +134,7 @@ def evaluate_views(
     precision: Precision,
     world: World,
     ranges: Ranges,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Scores of all videos of `loader`, averaged over their views.
 
     A batch holds the same videos for any number of processes, and each row of the result is filled
@@ -146,16 +146,16 @@ def evaluate_views(
         chunk: views per forward.
 
     Returns:
-        [num_videos, num_classes] float64 on the CPU, on every process; not-a-number where a video
-        cannot be read.
+        Scores [num_videos, num_classes] float64, and which videos could be read [num_videos] bool;
+        on the CPU, the same on every process. Scores are not-a-number where a video cannot be read,
+        and what the network gives elsewhere, whether finite or not.
     """
     scores = torch.zeros(num_videos, num_classes, dtype=torch.float64, device=precision.device)
-    seen = torch.zeros(num_videos, dtype=torch.int64, device=precision.device)
+    read = torch.zeros(num_videos, dtype=torch.int64, device=precision.device)
+    unread = torch.zeros_like(read)
     with ranges("evaluation"):
         for batch in loader.epoch(0):
-            missing = torch.tensor(batch.missing, dtype=torch.int64, device=scores.device)
-            scores[missing] = float("nan")
-            seen[missing] += 1
+            unread[torch.tensor(batch.missing, dtype=torch.int64, device=unread.device)] += 1
             if not len(batch.sample_ids):
                 continue
             logits = []
@@ -166,7 +166,8 @@ def evaluate_views(
             views = torch.cat(logits).view(-1, loader.num_views, num_classes)  # [N, V, K]
             rows = batch.sample_ids.to(scores.device)
             scores[rows] = average_views(views, average)
-            seen[rows] += 1
-    world.sum_([scores, seen])
-    assert bool((seen == 1).all()), "every video is scored once"
-    return scores.cpu()
+            read[rows] += 1
+    world.sum_([scores, read, unread])
+    assert bool((read + unread == 1).all()), "every video is scored once"
+    scores[unread == 1] = float("nan")
+    return scores.cpu(), (read == 1).cpu()

@@ -23,7 +23,7 @@ from accel.engine.run import RunFolder, resolve_device
 from accel.engine.scores import ScoreFacts, StoredScores
 from accel.engine.seeding import set_deterministic
 from accel.engine.timing import Ranges
-from accel.errors import CheckpointError, ConfigError
+from accel.errors import CheckpointError, ConfigError, DivergedError
 from accel.models import build_model
 from accel.models.network import ClipNetwork
 from accel.models.weights import import_weights, load_foreign
@@ -106,6 +106,7 @@ def evaluate_protocols(
     Raises:
         ConfigError: a protocol that this sampling does not have, or other classes than trained.
         CheckpointError: weights that do not fit.
+        DivergedError: scores that are not finite; none are written.
         pipelines.errors.DataError: unusable videos.
     """
     world = world or World()
@@ -128,7 +129,7 @@ def evaluate_protocols(
     for name, wanted in views.items():
         start = time.perf_counter()
         try:
-            values, loader, unusable = _score(model, recipe, dataset, wanted, device, world)
+            values, loader, unusable = _score(model, target, dataset, wanted, device, world)
         except RuntimeError as error:
             if lost := world.explain(error):
                 raise lost from error
@@ -163,13 +164,14 @@ def evaluate_protocols(
 
 def _score(
     model: ClipNetwork,
-    recipe: Recipe,
+    target: Target,
     dataset: Dataset,
     views: TestViews,
     device: torch.device,
     world: World,
 ) -> tuple[Tensor, str, list[dict[str, Any]]]:
     """Scores of all validation videos, [N, K], who decoded them, and which could not be read."""
+    recipe = target.recipe
     precision = Precision(
         recipe.precision,
         device,
@@ -190,7 +192,7 @@ def _score(
         views=views,
     )
     try:
-        values = evaluate_views(
+        values, read = evaluate_views(
             model,
             loader,
             num_videos=len(dataset.val),
@@ -204,8 +206,15 @@ def _score(
     finally:
         loader.close()
     quarantine = loader.quarantine
-    missing = values.isnan().any(dim=1).nonzero().flatten().tolist()
+    missing = (~read).nonzero().flatten().tolist()
     quarantine.add_all((k, "could not be read by another process") for k in missing)
+    odd = (read & ~values.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if odd:
+        raise DivergedError(
+            f"{target.weights}: the network gives scores that are not finite for {len(odd)} of "
+            f"{len(values)} videos, the first is {dataset.val[odd[0]].path}: it diverged, "
+            f"or {recipe.precision.mode} overflows (--precision.mode fp32 tells)."
+        )
     return values, loader.description, quarantine.summary()
 
 

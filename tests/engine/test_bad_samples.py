@@ -11,6 +11,7 @@ from accel.engine.config import load_recipe
 from accel.engine.metrics import ClassificationMeter
 from accel.engine.tester import evaluate_protocols, find_target
 from accel.engine.trainer import Trainer
+from accel.errors import DivergedError
 from pipelines.errors import DataError
 
 
@@ -65,6 +66,11 @@ def test_a_run_with_unreadable_videos(tiny_recipe, root, tmp_path, steps_of):
     assert (report["num_videos"], report["num_missing"]) == (16, 1)
     assert report["top1"] == summary["val_top1"]
     assert [video["sample_id"] for video in report["unusable"]] == [5]
+    target.state["model"]["head.fc.weight"].fill_(
+        float("inf")
+    )  # diverged: not a fault of the videos
+    with pytest.raises(DivergedError, match=r"scores that are not finite for 15 of 16 videos"):
+        evaluate_protocols(target, ["1x1"])
     _video(root, "val", 6).write_bytes(b"")
     with pytest.raises(DataError, match=r"2 of 16 videos cannot be used"):
         evaluate_protocols(target, ["1x1"])
