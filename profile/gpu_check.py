@@ -65,15 +65,19 @@ def environment() -> dict[str, Any]:
     }
 
 
-def run_section(section: Section, out: Path, left_s: float) -> dict[str, Any]:
+def run_section(section: Section, out: Path, left_s: float, build: str) -> dict[str, Any]:
     """Run one command with its time limit; its output goes to <out>/<name>.log.
 
     Args:
         section: what to run.
         out: folder of the report.
         left_s: seconds of the budget that are left; infinite without one.
+        build: outcome of the section of that name, or "".
     """
-    if reason := section.why_not():
+    reason = section.why_not()
+    if section.needs_build and build.startswith(("failed", "stopped")):
+        reason = "the build failed"  # a library of an earlier one may lie there
+    if reason:
         return {"outcome": f"not run: {reason}", "seconds": 0.0, "last_line": ""}
     if left_s < LEAST_S:
         outcome = "not run: the budget is used up; the same command goes on"
@@ -91,7 +95,7 @@ def run_section(section: Section, out: Path, left_s: float) -> dict[str, Any]:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**os.environ, **variables, **section.environment},
+            env={**os.environ, **variables, **section.variables},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -187,7 +191,8 @@ def main() -> int:
     for section in wanted:
         print(f"gpu_check: {section.name} ...", file=sys.stderr, flush=True)
         left_s = args.budget - (time.monotonic() - start) if args.budget else float("inf")
-        report[section.name] = result = run_section(section, out, left_s)
+        build = report.get("build", {}).get("outcome", "")
+        report[section.name] = result = run_section(section, out, left_s, build)
         print(f"gpu_check: {result['outcome']}, {result['seconds']} s", file=sys.stderr, flush=True)
         write(report, out)
     print((out / "report.md").read_text())

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -25,7 +26,6 @@ _GRAPHED = ("tsn", "tanet", "masnet", "tdn", "amsnet", "msn")
 _CASES = (PYTHON, "profile/kernels_bench.py", *_CUDA)
 _ONCE = (*_CASES, "--quick", "--batch", "1", "--warmups", "1", "--repeats", "1")
 _MINUTE = ("profile/real_training.py", *_CUDA, "--precision", "fp16", "--json", "--seconds", "60")
-_REFERENCE = {"ACCEL_KERNELS": "reference"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ class Section:
     limit_s: int = MOST_S
     modules: tuple[str, ...] = ()
     """Python packages without which it is not run."""
+    operators: Literal["cuda", "mixed", "reference", "auto"] = "cuda"
+    """Which implementation of the operators runs. "cuda": the section is left out where that cannot
+    run, so that plain PyTorch never stands in for it. "mixed": left out alike, but others run too,
+    on host tensors or as a test chooses. "reference": plain PyTorch. "auto": what there is; the
+    report claims nothing of it."""
     environment: dict[str, str] = field(default_factory=dict)
     json: bool = False
     """Whether the last line of the output is a JSON object."""
@@ -52,13 +57,18 @@ class Section:
             return f"{', '.join(missing)} {verb} not installed"
         if shutil.which(self.command[0]) is None:
             return f"{self.command[0]} is not installed"
-        return (_no_operators() if self.measures_operators else None) or self.obstacle()
+        return (_no_operators() if self.needs_build else None) or self.obstacle()
 
     @property
-    def measures_operators(self) -> bool:
-        """Whether plain PyTorch must not stand in for the CUDA operators."""
-        scripts = {"profile/step.py", "profile/kernels_bench.py"}
-        return bool(scripts & set(self.command)) and "ACCEL_KERNELS" not in self.environment
+    def needs_build(self) -> bool:
+        """Whether it says nothing without the CUDA operators of this code."""
+        return self.operators in ("cuda", "mixed")
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Environment variables of the command, beside those of every section."""
+        forced = {"ACCEL_KERNELS": self.operators}
+        return (forced if self.operators in ("cuda", "reference") else {}) | self.environment
 
 
 def _importable(name: str) -> bool:
@@ -73,7 +83,10 @@ def _no_operators() -> str | None:
     """Why the CUDA operators cannot run; asked after the build, by a process of its own."""
     code = "from kernels import _library; print(_library.can_run_on('cuda')[1])"
     answer = subprocess.run([PYTHON, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    return " ".join((answer.stdout if answer.returncode == 0 else answer.stderr).split())[-200:]
+    if answer.returncode == 0:
+        return answer.stdout.strip()[-200:] or None
+    said = " ".join(answer.stderr.split())[-200:]
+    return said or f"loading the operators ends with exit status {answer.returncode}"
 
 
 def _one_gpu() -> str | None:
@@ -103,6 +116,7 @@ SECTIONS = (
         (PYTHON, "setup.py", "build_ext", "--inplace"),
         limit_s=420,
         modules=("setuptools",),
+        operators="auto",
     ),
     # The steps that the project is judged by: every network beside TSN.
     Section("step_fp16", (*_STEP, "--precision", "fp16"), limit_s=240, json=True),
@@ -112,7 +126,7 @@ SECTIONS = (
         "step_fp32_nchw",
         (*_STEP, "--layout", "nchw", "--models", "tanet", "--steps", "20", "--warmups", "5"),
         limit_s=180,
-        environment=_REFERENCE,
+        operators="reference",
         json=True,
     ),
     Section(
@@ -130,7 +144,10 @@ SECTIONS = (
         json=True,
     ),
     Section(
-        "training_report", (PYTHON, "profile/nsys_report.py", "{out}/training_run/profile"), 120
+        "training_report",
+        (PYTHON, "profile/nsys_report.py", "{out}/training_run/profile"),
+        limit_s=120,
+        operators="auto",
     ),
     # The same by one process per GPU.
     Section(
@@ -144,7 +161,7 @@ SECTIONS = (
         json=True,
         obstacle=_one_gpu,
     ),
-    Section("tests_operators", (*_TESTS, "tests/kernels"), modules=("pytest",)),
+    Section("tests_operators", (*_TESTS, "tests/kernels"), modules=("pytest",), operators="mixed"),
     # Every operator once, forward and backward: out-of-bounds and misaligned accesses.
     Section("sanitizer", (*sanitizer(), *_ONCE), limit_s=300),
     Section(
@@ -175,7 +192,7 @@ SECTIONS = (
         "step_reference",
         (*_STEP, "--precision", "fp16", "--steps", "30"),
         limit_s=300,
-        environment=_REFERENCE,
+        operators="reference",
         json=True,
     ),
     # Decides where model.batch_norm "auto" is "fused": 5 % less than the best of the others.
@@ -191,6 +208,7 @@ SECTIONS = (
         "tests",
         (*_TESTS, "tests/engine", "tests/detection", "tests/models"),
         modules=("pytest", "jsonargparse", "av"),
+        operators="auto",
     ),
     Section(
         "bench",
@@ -207,6 +225,7 @@ SECTIONS = (
         (PYTHON, "profile/decoder_frames.py", *_CUDA, "--decoders", "dali_gpu", "--json"),
         limit_s=120,
         modules=("nvidia.dali", "av"),
+        operators="auto",
         json=True,
     ),
     Section(
@@ -217,6 +236,7 @@ SECTIONS = (
             "--json",
         ),
         modules=("nvidia.dali", "av", "PIL"),
+        operators="auto",
         json=True,
     ),
     Section(
@@ -234,6 +254,7 @@ SECTIONS = (
             *("--batch", "8", "--steps", "20", "--warmups", "5"),
         ),
         limit_s=180,
+        operators="auto",
         json=True,
     ),
     Section(
@@ -246,6 +267,7 @@ SECTIONS = (
         ),
         limit_s=300,
         modules=("jsonargparse", "PIL"),
+        operators="mixed",  # the evaluation suppresses boxes on the host
         json=True,
     ),
     Section(
@@ -262,5 +284,6 @@ SECTIONS = (
         "sanitizer_tests",
         (*sanitizer(), *_TESTS, "-k", "matches_reference", "tests/kernels"),
         modules=("pytest",),
+        operators="mixed",
     ),
 )

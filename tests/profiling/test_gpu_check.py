@@ -30,7 +30,7 @@ def check(monkeypatch):
 
 
 def _python(check, name, code, **more):
-    return check.Section(name, (sys.executable, "-c", code), **more)
+    return check.Section(name, (sys.executable, "-c", code), **{"operators": "auto", **more})
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_a_section_that_hangs_fails_or_lacks_something_costs_no_other_one(check,
         _python(check, "hangs", child, limit_s=3),
         _python(check, "fails", "import sys; print('bad | news'); sys.exit(3)"),
         _python(check, "lacks", "print(1)", modules=("json", "no_such_package")),
-        check.Section("no_program", ("no-such-program",)),
+        check.Section("no_program", ("no-such-program",), operators="auto"),
         _python(check, "garbled", "print('no numbers')", json=True),
         _python(check, "good", "print('x'); print('{\"result\": {\"steps\": 3}}')", json=True),
     ]
@@ -225,14 +225,34 @@ def test_input_pipelines_in_the_report(check):
     assert {ask.what: ask for ask in asks(report)}[what].met is True
 
 
-def test_what_measures_operators_is_left_out_without_them(check, monkeypatch):
+def test_plain_pytorch_never_stands_in_for_the_operators(check, run, monkeypatch):
     from gpu_report import sections
 
     monkeypatch.setattr(sections, "_no_operators", lambda: "kernels._C is not built")
     monkeypatch.setattr(sections, "_no_bf16", lambda: None)
+    monkeypatch.setattr(sections, "_importable", lambda name: True)
     left_out = {s.name for s in sections.SECTIONS if s.why_not() == "kernels._C is not built"}
-    assert {"step_fp16", "kernels", "memory", "step_batch_norm"} <= left_out
-    assert not left_out & {"build", "step_reference", "step_fp32_nchw", "training"}
+    assert {"step_fp16", "kernels", "memory", "training", "data_wait"} <= left_out
+    assert not left_out & {"build", "step_reference", "step_fp32_nchw", "loader"}
+    for section in sections.SECTIONS:  # nor where only some of them cannot run
+        forced = section.variables.get("ACCEL_KERNELS")
+        assert forced or section.operators in ("mixed", "auto"), section.name
+        assert forced != "reference" or section.name in ("step_reference", "step_fp32_nchw")
+    # The library of an earlier build is no better.
+    monkeypatch.setattr(sections, "_no_operators", lambda: None)
+    code = "import os; print(os.environ.get('ACCEL_KERNELS'))"
+    steps = [
+        _python(check, "ours", code, operators="cuda"),
+        _python(check, "tests", code, operators="mixed"),
+        _python(check, "plain", code, operators="reference"),
+    ]
+    build = _python(check, "build", "import sys; sys.exit(1)")
+    status, report, _, _ = run([build, *steps])
+    assert status == 1 and report["plain"]["last_line"] == "reference"
+    assert report["ours"]["outcome"] == report["tests"]["outcome"] == "not run: the build failed"
+    build = _python(check, "build", "")
+    status, report, _, _ = run([build, *steps])
+    assert status == 0 and report["ours"]["last_line"] == "cuda"
 
 
 def test_every_section_is_a_command_that_exists(check):
