@@ -29,8 +29,18 @@ class Graphs(Protocol):
     def side_stream(self) -> contextlib.AbstractContextManager[None]:
         """Where warm-up and capture happen, in order with the stream of the caller."""
 
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+    def new_pool(self) -> object:
+        """Memory for graphs that are replayed in the order of their capture.
+
+        One that all its graphs have left is gone: torch asserts when it is captured into again.
+        """
+
+    def capture(self, work: Callable[[], None], pool: Any) -> Callable[[], None]:
         """Record what `work` launches without running it; the result replays it.
+
+        Args:
+            work: runs on the memory that it allocates in `pool`.
+            pool: of `new_pool`.
 
         Raises:
             RuntimeError: something in `work` cannot be recorded.
@@ -38,16 +48,20 @@ class Graphs(Protocol):
 
 
 class DeviceGraphs:
-    """Graphs of one GPU that share one stream for capture and one memory pool.
+    """Graphs of one GPU that share one stream for capture.
 
     Args:
-        device: of the network.
+        device: of the network; without an index the current one.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self._device = torch.device("cuda", index)
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+
+    def new_pool(self) -> object:
+        """See `Graphs`."""
+        return torch.cuda.graph_pool_handle()
 
     @contextlib.contextmanager
     def side_stream(self) -> Iterator[None]:
@@ -58,7 +72,7 @@ class DeviceGraphs:
             yield
         caller.wait_stream(self._stream)
 
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, work: Callable[[], None], pool: Any) -> Callable[[], None]:
         """See `Graphs`."""
         graph = torch.cuda.CUDAGraph()
         generator = torch.cuda.default_generators[self._device.index]
@@ -70,7 +84,7 @@ class DeviceGraphs:
                 torch.cuda.stream(torch.cuda.current_stream(self._device)),
                 torch.cuda.graph(
                     graph,
-                    pool=self._pool,
+                    pool=pool,
                     stream=self._stream,
                     capture_error_mode="thread_local",
                 ),
@@ -113,6 +127,7 @@ class Replay:
     ) -> None:
         self._work = work
         self._graphs = graphs
+        self._pool = graphs.new_pool()
         self._parameters = list(parameters)
         self._warm_up = warm_up
         self._undo = undo
@@ -167,7 +182,7 @@ class Replay:
         static = self._static
         assert static is not None
         try:
-            replay = self._graphs.capture(lambda: self._work(static, first, last))
+            replay = self._graphs.capture(lambda: self._work(static, first, last), self._pool)
         except RuntimeError as error:
             # What ends a broken capture complains about it and hides the cause.
             cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error

@@ -1,6 +1,8 @@
 """Steps replayed as graphs are the steps themselves: a tape of operators stands in for a GPU's."""
 
 import contextlib
+import functools
+import types
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from accel.engine.batchnorm import StepStatistics
 from accel.engine.distributed import World
-from accel.engine.graphs import WARM_UP_STEPS
+from accel.engine.graphs import WARM_UP_STEPS, DeviceGraphs
 from accel.engine.optim import OptimConfig, Optimizer
 from accel.engine.precision import Precision, PrecisionConfig
 from accel.engine.seeding import seed_everything
@@ -48,14 +50,19 @@ class Tape:
 
     def __init__(self, tensors):
         self.tensors = tensors
-        self.side = self.captures = self.replays = 0
+        self.side = self.captures = self.replays = self.pools = 0
+
+    def new_pool(self):
+        self.pools += 1
+        return self.pools
 
     @contextlib.contextmanager
     def side_stream(self):
         self.side += 1
         yield
 
-    def capture(self, work):
+    def capture(self, work, pool):
+        assert pool == self.pools
         self.captures += 1
         gradients = [t.grad for t in self.tensors if t.is_leaf and t.grad is not None]
         kept = [(t, t.detach().clone()) for t in [*self.tensors, *gradients]]
@@ -293,6 +300,73 @@ def test_the_tape_would_show_a_rate_or_an_input_that_is_frozen():
     take = frozen_input.replay._take
     frozen_input.replay._take = lambda batch: frozen_input.replay._static is not None or take(batch)
     assert not torch.equal(eager.train(6), frozen_input.train(6))
+
+
+class FakeCuda:
+    """What `DeviceGraphs` asks of torch.cuda, on a machine without a GPU; notes the pools."""
+
+    def __init__(self, patch):
+        self.opened, self.captured, self.restored = 0, [], []
+        self.broken_end = None
+        generators = [types.SimpleNamespace(clone_state=lambda: "spare") for _ in range(3)]
+        for index, generator in enumerate(generators):
+            generator.graphsafe_set_state = functools.partial(self._restore, index)
+        graph = types.SimpleNamespace(replay=lambda: None)
+        for name, stand_in in {
+            "current_device": lambda: 2,
+            "default_generators": generators,
+            "CUDAGraph": lambda: graph,
+            "Stream": lambda device: device,
+            "current_stream": lambda device: device,
+            "stream": lambda _: contextlib.nullcontext(),
+            "graph_pool_handle": self._open,
+            "graph": self._graph,
+        }.items():
+            patch.setattr(torch.cuda, name, stand_in)
+
+    def _open(self):
+        self.opened += 1
+        return 0, self.opened
+
+    def _restore(self, index, state):
+        self.restored.append((index, state))
+
+    @contextlib.contextmanager
+    def _graph(self, graph, *, pool, stream, capture_error_mode):
+        self.captured.append(pool)
+        try:
+            yield
+        finally:
+            if self.broken_end:
+                raise RuntimeError(self.broken_end)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    return FakeCuda(monkeypatch)
+
+
+def test_a_device_without_an_index_is_the_current_one(cuda):
+    graphs = DeviceGraphs(torch.device("cuda"))
+
+    def fails():
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        graphs.capture(fails, graphs.new_pool())
+    assert cuda.restored == [(2, "spare")]
+    assert DeviceGraphs(torch.device("cuda", 1))._device == torch.device("cuda", 1)
+
+
+def test_every_launch_captures_into_memory_of_its_own(cuda):
+    """A pool that its graphs have left must not be captured into again (vLLM #28426, #53682)."""
+    run, graphs = Run(accumulation=2), DeviceGraphs(torch.device("cuda", 0))
+    for launched in (1, 2):
+        replay = run.step.launch("graph", graphs)
+        replay._take(next(run.batches(0, 3)))
+        assert replay._capture(True, False) and replay._capture(False, True)
+        run.step.abandon()
+        assert cuda.captured[-2:] == [(0, launched)] * 2
 
 
 @pytest.mark.needs_cuda
