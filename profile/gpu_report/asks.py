@@ -114,12 +114,16 @@ def _input(report: dict[str, Any]) -> Iterator[Ask]:
     text = f"{share:.1%} ({best['loader']})" if best else ""
     what = "data wait of tanet on prepared H.264, fp16"
     yield _ask(what, f"< {DATA_WAIT:.0%}", share, text, share is not None and share < DATA_WAIT)
-    frames = report.get("decoder_frames", {}).get("frames", [])
+    section = report.get("decoder_frames", {})
+    frames = section.get("frames", [])
     wrong = sum(row["wrong_frames"] for row in frames) if frames else None
     far = max((row["mean_difference"] for row in frames), default=0.0)
+    good = sum(row["same"] for row in frames)
+    failed = section.get("failures", 0) - (len(frames) - good)
     text = f"{wrong} of {sum(row['frames'] for row in frames)}, {far:.1f} levels away at most"
+    text += f"; files that could not be decoded: {failed}" if failed else ""
     what = "wrong frames of NVDEC, compared with PyAV"
-    yield _ask(what, "0", wrong, text, bool(frames) and all(row["same"] for row in frames))
+    yield _ask(what, "0", wrong, text, good == len(frames) and not failed)
 
 
 def _norm(report: dict[str, Any]) -> Iterator[Ask]:

@@ -194,7 +194,6 @@ def test_asks_stand_beside_what_was_measured(check):
 
 
 def test_input_pipelines_in_the_report(check):
-    from gpu_report.asks import asks
     from gpu_report.text import markdown
 
     row = {"name": "jpeg", "backend": "dali_gpu", "clips_per_s": 901.23, "cpu_ms_per_clip": 1.5}
@@ -210,7 +209,7 @@ def test_input_pipelines_in_the_report(check):
             "not_measured": {"jpeg": {}, "vp9_gop12": {"dali_gpu": "it fails"}},
         },
         "data_wait": {"data_wait": waits, "batch": 16},
-        "decoder_frames": {"frames": [frames, {**frames, "wrong_frames": 1, "same": False}]},
+        "decoder_frames": {"frames": [frames]},
     }
     for section in report.values():
         section |= {"outcome": "passed", "seconds": 1.0, "last_line": ""}
@@ -218,11 +217,27 @@ def test_input_pipelines_in_the_report(check):
     what = "data wait of tanet on prepared H.264, fp16"
     assert f"| {what} | < 2% | 1.5% (NVDEC, 8 threads) | yes |" in text
     what = "wrong frames of NVDEC, compared with PyAV"
-    assert f"| {what} | 0 | 1 of 16, 1.5 levels away at most | no |" in text
+    assert f"| {what} | 0 | 0 of 8, 1.5 levels away at most | yes |" in text
     assert "| jpeg | dali_gpu | 901.2 | 1.5 | 3.1 | nvJPEG |" in text
     assert "- vp9_gop12, dali_gpu: it fails\n" in text and "- pyav: no clips\n" in text
-    report["decoder_frames"]["frames"].pop()
-    assert {ask.what: ask for ask in asks(report)}[what].met is True
+
+
+@pytest.mark.parametrize(
+    ("found", "answer"),
+    [
+        ({"wrong_frames": 1, "same": False}, "1 of 8, 1.5 levels away at most | no"),
+        (
+            {"wrong_frames": 0, "same": True},
+            "0 of 8, 1.5 levels away at most; files that could not be decoded: 1 | no",
+        ),
+    ],
+)
+def test_wrong_frames_fail_their_section_and_are_reported(check, run, found, answer):
+    row = {"frames": 8, "told_apart": 8, "mean_difference": 1.5, **found}
+    code = f"import json, sys; print(json.dumps({{'frames': [{row}], 'failures': 1}})); sys.exit(1)"
+    status, report, text, _ = run([_python(check, "decoder_frames", code, json=True)])
+    assert status == 1 and report["decoder_frames"]["outcome"] == "failed (1)"
+    assert f"| wrong frames of NVDEC, compared with PyAV | 0 | {answer} |" in text
 
 
 def test_plain_pytorch_never_stands_in_for_the_operators(check, run, monkeypatch):
