@@ -1,4 +1,4 @@
-"""Files in the cache folder: written whole, by one process at a time."""
+"""Files that are written whole, by one process at a time; most are in the cache folder."""
 
 import contextlib
 import fcntl
@@ -17,34 +17,68 @@ _LOG = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file, made if need be; a dead process holds none."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = path.open("a")
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise DataError(
-            f"{path.parent}: the cache folder cannot be written: {reason}; pass --data.cache_dir."
-        ) from error
-    with handle:
+def file_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold an exclusive lock on a file, made if need be; a dead process holds none.
+
+    Raises:
+        BlockingIOError: another process holds it, and `wait` is False.
+        OSError: the file cannot be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
         except OSError as error:  # some network file systems: processes then do the work twice
             _LOG.warning("%s: no file locks here (%s)", path, error)
         yield
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """`file_lock` in the cache folder.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(file_lock(path))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise DataError(
+                f"{path.parent}: the cache folder cannot be written: {reason}; "
+                "pass --data.cache_dir."
+            ) from error
+        yield
+
+
 def replace_bytes(path: Path, parts: Iterable[bytes]) -> None:
-    """Write a file so that readers see the old or the new content, never a part."""
+    """Write a file so that readers, and whoever comes after a power failure, see the old or the
+    new content, never a part."""
     temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as handle:
             handle.writelines(parts)
-        os.replace(temporary, path)
+        put_in_place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Give a complete file its name, when its content is on the disk; then the name is, too."""
+    with temporary.open("rb") as handle:
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:  # some file systems cannot: the old name may come back
+        _LOG.warning("%s: the folder cannot be synced (%s)", path.parent, error)
+    finally:
+        os.close(folder)
 
 
 def checksum(handle: BinaryIO, num_bytes: int) -> int:

@@ -1,12 +1,16 @@
 """Keeping shards up to date with the videos that they are to hold."""
 
+import hashlib
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from pipelines.annotations import VideoRecord
+from pipelines.cache import put_in_place
 from pipelines.errors import MediaError
 from pipelines.shards import Record, Shard, write_shard
 
@@ -26,7 +30,8 @@ def pack_shard(
 ) -> dict[str, bool | str]:
     """Make a shard hold these videos; it appears when it is complete and was read back.
 
-    What an existing shard holds is taken from it, if it is newer than its original.
+    What an existing shard holds is taken from it, if its original has not changed since (or is
+    gone).
 
     Args:
         path: of the shard.
@@ -44,11 +49,14 @@ def pack_shard(
         OSError: it cannot be written.
     """
     old = _existing(path)
-    changed = path.stat().st_mtime_ns if old is not None else -1
+    stamps = {  # before anything is read: what changes later is packed again the next time
+        name: stamp
+        for (name, _), stamp in zip(videos, map_ahead(pool, _stamp, videos, ahead), strict=True)
+    }
     found = {
         name
-        for name, record in videos
-        if old is not None and name in old and _time_ns(record.path) <= changed
+        for name, stamp in stamps.items()
+        if old is not None and name in old and stamp in ("", old.stamp(name))
     }
     if old is not None and found == set(old.names) == {name for name, _ in videos}:
         for _ in videos:
@@ -71,7 +79,7 @@ def pack_shard(
         for (name, _), record in zip(videos, made, strict=True):
             results[name] = record if isinstance(record, str) else name not in found
             if not isinstance(record, str):
-                yield record
+                yield record if name in found else replace(record, stamp=stamps[name])
             done()
 
     partial = path.with_name(f"{path.stem}.part-{path.suffix}")
@@ -85,7 +93,7 @@ def pack_shard(
                 pool, lambda name: len(written.record(name).content), written.names, ahead
             ):
                 pass  # raises if the disk does not give back what was written
-            partial.replace(path)
+            put_in_place(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     return results
@@ -98,11 +106,30 @@ def _existing(path: Path) -> Shard | None:
         return None
 
 
-def _time_ns(path: Path) -> int:
+def stamp_of(record: VideoRecord) -> str:
+    """Sixteen hex digits that change with what is listed of a video and with its files: their
+    names, sizes and times. The time of a folder says nothing of files that are written anew, and
+    whether a time is earlier than another says nothing of files that come with the times of others.
+
+    Raises:
+        OSError: it is gone.
+    """
+    path = record.path
+    if path.is_dir():
+        with os.scandir(path) as entries:
+            found = sorted((entry.name, entry.stat()) for entry in entries if entry.is_file())
+    else:
+        found = [("", path.stat())]
+    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+    facts = repr((record.num_frames, record.offset, files)).encode()
+    return hashlib.blake2b(facts, digest_size=8).hexdigest()
+
+
+def _stamp(video: Named) -> str:
     try:
-        return path.stat().st_mtime_ns
+        return stamp_of(video[1])
     except OSError:
-        return -1  # the original is gone; what was packed of it stays
+        return ""  # the original is gone; what was packed of it stays
 
 
 def map_ahead(

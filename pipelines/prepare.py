@@ -5,6 +5,7 @@ with the pixels and, because only the packets from the keyframe before a wanted 
 with the distance of keyframes.
 """
 
+import contextlib
 import itertools
 import json
 import sys
@@ -21,19 +22,20 @@ from tqdm import tqdm
 
 from pipelines.annotations import VideoRecord, VideoSet, format_list
 from pipelines.audit import audit
-from pipelines.cache import replace_bytes
+from pipelines.cache import file_lock, put_in_place, replace_bytes
 from pipelines.decode import read_frames
 from pipelines.errors import DataError, MediaError
 from pipelines.geometry import View
 from pipelines.images import find_frame_name, read_images
 from pipelines.media import MediaInfo, open_video, probe
 from pipelines.packets import SHARD_SUFFIX, media_file
-from pipelines.packing import Named, map_ahead, pack_shard
+from pipelines.packing import Named, map_ahead, pack_shard, stamp_of
 from pipelines.sampling import segment_indices_center
 from pipelines.shards import Record, make_record, probe_record, shard_opener
 from pipelines.source import Sample
 
 _SETTINGS = "prepared.json"
+_LOCK = ".prepare.lock"
 _COPIES = "copies"  # not packed yet
 _ENCODERS: dict[str, tuple[str, str, dict[str, str]]] = {
     # No B-frames: fewer packets lead to a frame.
@@ -75,6 +77,8 @@ class Report:
     """Name -> reason."""
 
     bytes_before: int
+    """Of the originals that are still there."""
+
     bytes_after: int
     clips_per_s_before: float
     """Of 8 segment frames, one thread, decoding only."""
@@ -93,7 +97,8 @@ def prepare(
     """Write every video of some lists, and the lists, below another folder.
 
     A copy, or a shard of them, appears under its name when it is complete and was verified, so the
-    call can be repeated after an interruption; what is there and newer than its original is kept.
+    call can be repeated after an interruption; what is there of an original that has not changed
+    (names, sizes and times of its files) is kept.
 
     Args:
         lists: (file name to write, videos).
@@ -103,9 +108,20 @@ def prepare(
         frame_name: names of the files in folders of frames; "" = as in the first folder.
 
     Raises:
-        DataError: the folder holds copies of another encoding, or two names become one.
+        DataError: the folder holds copies of another encoding, another process is writing to it,
+            or two names become one.
     """
-    _claim(out, encoding)
+    with _claimed(out, encoding):
+        return _prepare(lists, out, encoding, threads, frame_name)
+
+
+def _prepare(
+    lists: Sequence[tuple[str, VideoSet]],
+    out: Path,
+    encoding: Encoding,
+    threads: int,
+    frame_name: str,
+) -> Report:
     records = list({record.name: record for _, videos in lists for record in videos}.values())
     names = _names(records, encoding)
     if not frame_name and records and records[0].path.is_dir():
@@ -145,14 +161,15 @@ def prepare(
         ]
         replace_bytes(out / list_name, [format_list(kept).encode()])
     good = [record for record in records if record.name not in failed]
+    originals = [record for record in good if record.path.exists()]  # packed ones may be gone
     copies = [VideoRecord(r.name, targets[r.name], r.label) for r in good]
     return Report(
         written=sum(result is True for result in results.values()),
         kept=sum(result is False for result in results.values()),
         failed=failed,
-        bytes_before=sum(_size(record.path) for record in good),
+        bytes_before=sum(_size(record.path) for record in originals),
         bytes_after=sum(_size(path) for path in {media_file(r.path) for r in copies}),
-        clips_per_s_before=_clips_per_s(good[:8], frame_name),
+        clips_per_s_before=_clips_per_s(originals[:8], frame_name),
         clips_per_s_after=_clips_per_s(copies[:8], ""),
     )
 
@@ -175,10 +192,10 @@ class _Work:
         """True: written; False: found complete; or why it cannot be."""
         target = self.copy_of(record)
         try:
-            changed = record.path.stat().st_mtime_ns
-            if target.exists() and target.stat().st_mtime_ns >= changed:
+            stamp = stamp_of(record)
+            if target.exists() and _stamp_in(target) == stamp:
                 return False
-            _encode(record, target, self.encoding, self.frame_name)
+            _encode(record, target, self.encoding, self.frame_name, stamp)
             return True
         except OSError as error:
             return error.strerror or str(error)
@@ -212,6 +229,21 @@ def _groups(
         out / f"{number:05d}{SHARD_SUFFIX}": records[first : first + count]
         for number, first in enumerate(starts)
     }
+
+
+@contextlib.contextmanager
+def _claimed(out: Path, encoding: Encoding) -> Iterator[None]:
+    """Have the folder alone, for copies of this encoding."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(file_lock(out / _LOCK, wait=False))
+        except BlockingIOError as error:
+            problem = "another accel data prepare is writing to it; wait, or use another folder."
+            raise DataError(f"{out}: {problem}") from error
+        except OSError as error:
+            raise DataError(f"{out}: cannot be written: {error.strerror or error}.") from error
+        _claim(out, encoding)
+        yield
 
 
 def _claim(out: Path, encoding: Encoding) -> None:
@@ -251,7 +283,19 @@ def _names(records: Sequence[VideoRecord], encoding: Encoding) -> dict[str, str]
     return names
 
 
-def _encode(record: VideoRecord, target: Path, encoding: Encoding, frame_name: str) -> None:
+def _stamp_in(copy: Path) -> str:
+    """Of the original that a copy was made from; "" = not known."""
+    try:
+        with open_video(copy) as container:
+            tags: dict[str, str] = {k.lower(): text for k, text in container.metadata.items()}
+    except MediaError:
+        return ""
+    return tags.get("comment", "")
+
+
+def _encode(
+    record: VideoRecord, target: Path, encoding: Encoding, frame_name: str, stamp: str
+) -> None:
     """Write one copy and verify it: frames counted, keyframes near enough, every frame decoded."""
     import av
 
@@ -266,6 +310,7 @@ def _encode(record: VideoRecord, target: Path, encoding: Encoding, frame_name: s
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         with av.open(str(partial), "w") as output:
+            output.metadata["comment"] = stamp
             rate, frames = _source(record, info)
             stream: Any = output.add_stream(encoder, rate=rate, options=options)
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -286,7 +331,7 @@ def _encode(record: VideoRecord, target: Path, encoding: Encoding, frame_name: s
                 output.mux(stream.encode(scaled))
             output.mux(stream.encode(None))
         _verify(record, partial, info.num_frames, encoding)
-        partial.replace(target)
+        put_in_place(partial, target)
     except av.FFmpegError as error:
         raise MediaError(record.path, f"cannot be encoded: {error}.") from error
     finally:

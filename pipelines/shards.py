@@ -4,7 +4,7 @@ A shard has, little-endian:
 
     header   64 bytes: magic, version, place, size and crc32 of the index, crc32 of this header
     records  one per video: the bytes of its file, or of the images of its folder in a row
-    index    JSON line (what kinds of videos), rows, names, packet tables
+    index    JSON line (kinds of videos, stamps of the originals), rows, names, packet tables
 
 The video "a/b" of the shard "00000.shard" has the path "00000.shard/a/b", in lists and messages.
 Its packet table counts from the start of the shard, so that whoever reads packets of a file reads
@@ -60,6 +60,8 @@ class Record:
     content: bytes
     info: MediaInfo
     """Its packets are counted from the start of the record."""
+    stamp: str = ""
+    """Of the original, see `pipelines.packing`."""
 
 
 class Shard:
@@ -90,6 +92,8 @@ class Shard:
         names = rest[rows.nbytes : names_end].decode("utf-8", "surrogateescape").split("\0")
         self._kinds = [StreamKind(*fields) for fields in content["kinds"]]
         self._rows: dict[str, Any] = dict(zip(names, rows, strict=True)) if len(rows) else {}
+        stamps = content.get("stamps", [""] * len(names))  # older shards: none
+        self._stamps: dict[str, str] = dict(zip(names, stamps, strict=True)) if len(rows) else {}
         self._tables = rest[names_end:]
 
     def _checked(self, header: bytes) -> tuple[int, int, int]:
@@ -115,6 +119,10 @@ class Shard:
 
     def __contains__(self, name: str) -> bool:
         return name in self._rows
+
+    def stamp(self, name: str) -> str:
+        """What was known of a video's original when it was packed; "" = nothing."""
+        return self._stamps[name]
 
     def info(self, name: str) -> MediaInfo:
         """What is in one video; its packets are those of the shard file.
@@ -149,7 +157,7 @@ class Shard:
             problem = "its bytes in the shard have a wrong checksum; delete the shard, then"
             raise MediaError(self.path / name, f"{problem} {_AGAIN}.")
         table = replace(info.packets, offsets=info.packets.offsets - row["place"])
-        return Record(name, content, replace(info, packets=table))
+        return Record(name, content, replace(info, packets=table), self.stamp(name))
 
     def _row(self, name: str) -> Any:
         if name not in self._rows:
@@ -168,7 +176,7 @@ def write_shard(path: Path, records: Iterable[Record]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    rows, names, tables = [], [], []
+    rows, names, stamps, tables = [], [], [], []
     kinds: dict[StreamKind, int] = {}
     table_at = 0
     with path.open("wb") as handle:
@@ -182,11 +190,12 @@ def write_shard(path: Path, records: Iterable[Record]) -> None:
             facts = (info.num_frames, info.width, info.height, kind, info.first_number)
             rows.append((handle.tell(), *bytes_, *facts, table_at, len(tables[-1])))
             names.append(record.name)
+            stamps.append(record.stamp)
             table_at += len(tables[-1])
             handle.write(record.content)
         index_at = handle.tell()
         names_ = "\0".join(names).encode("utf-8", "surrogateescape")
-        facts_ = {"rows": len(rows), "names_bytes": len(names_)}
+        facts_ = {"rows": len(rows), "names_bytes": len(names_), "stamps": stamps}
         head = json.dumps({**facts_, "kinds": [astuple(kind) for kind in kinds]}).encode()
         index = b"".join([head, b"\n", np.array(rows, _ROW).tobytes(), names_, *tables])
         handle.write(index)

@@ -1,6 +1,7 @@
 """`accel data prepare`: the same frames in smaller files with short GOPs; can be repeated."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from accel.cli.main import main
 from pipelines.annotations import read_list
+from pipelines.cache import file_lock
 from pipelines.media import open_video, probe
 
 MakeVideo = Callable[..., Path]
@@ -62,6 +64,18 @@ def test_copies_have_the_same_frames(
     assert main(["data", "prepare", *options]) == 0
     assert "1 copies written, 3 kept, 0 failed" in capsys.readouterr().out
     assert copies[0].path.stat().st_mtime_ns == stamp and not list(out.rglob("*.part-*"))
+    make_video("in/b.webm", num_frames=1, video=7)  # another video, older than the copy
+    os.utime(tmp_path / "in/b.webm", (1e9, 1e9))
+    with file_lock(out / ".prepare.lock"):
+        (out / "made.part-.mp4").touch()
+        assert main(["data", "prepare", *options]) == 3
+        assert "another accel data prepare is writing to it" in capsys.readouterr().err
+        assert (out / "made.part-.mp4").exists()
+    assert main(["data", "prepare", *options]) == 0
+    assert "1 copies written, 3 kept, 0 failed" in capsys.readouterr().out
+    with open_video(copies[1].path) as container:
+        (frame,) = container.decode(video=0)
+    assert read_code(frame.to_ndarray(format="rgb24")) == (7, 0)
     assert main(["data", "prepare", *options, "--gop", "4"]) == 3
     assert "other settings" in capsys.readouterr().err
     assert json.loads((out / "prepared.json").read_text())["gop"] == 8

@@ -239,6 +239,27 @@ def test_damaged_records_are_found_and_packed_again(
     assert "other settings" in capsys.readouterr().err
 
 
+def test_originals_that_changed_are_packed_again(
+    tmp_path: Path, make_set: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Frames written anew (the folder keeps its time), and some with the times of older ones."""
+    root, out = make_set("jpeg"), tmp_path / "out"
+    assert pack(root, out, "--codec", "copy") == 0
+    shutil.copy(root / "clips/3/f005.jpg", root / "clips/0/f005.jpg")
+    shutil.copy(root / "clips/1/f007.jpg", root / "clips/4/f007.jpg")
+    os.utime(root / "clips/4/f007.jpg", (1e9, 1e9))
+    for folder in ("clips/0", "clips/4"):
+        os.utime(root / folder, (1e9, 1e9))
+    shutil.rmtree(root / "clips/2")  # gone: stays as packed
+    capsys.readouterr()
+    assert pack(root, out, "--codec", "copy") == 0
+    assert "2 copies written, 3 kept, 0 failed" in capsys.readouterr().out
+    packed = Shard(out / "00000.shard").record("clips/0").content
+    assert (root / "clips/3/f005.jpg").read_bytes() in packed
+    assert pack(root, out, "--codec", "copy") == 0
+    assert "0 copies written, 5 kept, 0 failed" in capsys.readouterr().out
+
+
 def test_what_cannot_be_packed_is_refused(
     tmp_path: Path, make_set: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
