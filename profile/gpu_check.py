@@ -14,6 +14,7 @@ measured by the commands of this report; what did not run is reported as such.
 
 import argparse
 import fnmatch
+import hashlib
 import json
 import os
 import platform
@@ -34,8 +35,22 @@ from gpu_report.sections import SECTIONS, Section
 from gpu_report.text import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
+CODE = (".cpp", ".cu", ".cuh", ".h", ".py", ".toml", ".yaml")
 LEAST_S = 20  # of the budget, with which no section is started any more
 SMI_FIELDS = "name,driver_version,power.limit,clocks.max.sm,clocks.max.mem,memory.total"
+
+
+def sources() -> str:
+    """Hash of the code here, committed or not."""
+    results = ROOT / "profile" / "results"  # recipes of runs among them
+    paths = [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]
+    for folder in ("accel", "kernels", "pipelines", "profile", "tests"):
+        paths += (ROOT / folder).rglob("*")
+    digest = hashlib.sha256()
+    for path in sorted(p for p in paths if p.suffix in CODE and results not in p.parents):
+        digest.update(f"{path.relative_to(ROOT)} {path.stat().st_size} ".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def environment() -> dict[str, Any]:
@@ -52,6 +67,7 @@ def environment() -> dict[str, Any]:
         revision = None
     return {
         "revision": revision,
+        "sources": sources(),
         "date": date.today().isoformat(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -157,7 +173,7 @@ def stored(out: Path, env: dict[str, Any]) -> dict[str, Any]:
         report = json.loads((out / "report.json").read_text())
     except (OSError, ValueError):
         return {}
-    same = ("revision", "gpu", "torch")
+    same = ("sources", "gpu", "torch")
     if any(report.get("env", {}).get(key) != env[key] for key in same):
         print("gpu_check: the report there is of other code or another GPU: begun anew.")
         return {}

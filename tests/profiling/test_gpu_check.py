@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ENV = {"revision": "abc", "gpu": "NVIDIA Test", "torch": "2.11"}
+ENV = {"revision": "abc", "sources": "0123", "gpu": "NVIDIA Test", "torch": "2.11"}
 
 
 @pytest.fixture
@@ -102,9 +102,24 @@ def test_the_budget_ends_a_call_and_the_next_one_goes_on(check, run, monkeypatch
     status, report, _, errors = run(sections, "--only", "l?te")
     assert report["late"]["last_line"] != late and "long" not in errors
     assert run(sections, "--only", "later")[0] == 2
-    monkeypatch.setattr(check, "environment", lambda: {**ENV, "revision": "def"})
+    monkeypatch.setattr(check, "environment", lambda: {**ENV, "sources": "4567"})
     _, report, _, _ = run(sections, "--only", "late")
     assert "first" not in report  # of other code
+
+
+def test_code_that_is_not_committed_is_other_code(check, monkeypatch, tmp_path):
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    for name in ("train.py", "pyproject.toml", "kernels/csrc/cuda/a.cu"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    before = check.sources()
+    run = tmp_path / "profile/results/gpu/training_run/recipe.yaml"  # what the check itself writes
+    for path in (run, tmp_path / "kernels/_C.so"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("1")
+    assert check.sources() == before
+    (tmp_path / "kernels/csrc/cuda/a.cu").write_text("2")
+    assert check.sources() != before
 
 
 STEP = {
