@@ -20,7 +20,8 @@ MOST_S = 480
 
 _CUDA = ("--device", "cuda")
 _TESTS = (PYTHON, "-m", "pytest", "-q", "-m", "needs_cuda", "-p", "no:cacheprovider")
-_STEP = (PYTHON, "profile/step.py", *_CUDA, "--json")
+_TURNS = ("--warmups", "5", "--steps", "30")  # 7 networks, also where a step takes half a second
+_STEP = (PYTHON, "profile/step.py", *_CUDA, *_TURNS, "--json")
 _NORMS = ("torch", "torch+compile", "fused", "fused+compile")
 _GRAPHED = ("tsn", "tanet", "masnet", "tdn", "amsnet", "msn")
 _CASES = (PYTHON, "profile/kernels_bench.py", *_CUDA)
@@ -127,7 +128,7 @@ SECTIONS = (
     # What published code runs: plain PyTorch, fp32, NCHW.
     Section(
         "step_fp32_nchw",
-        (*_STEP, "--layout", "nchw", "--models", "tanet", "--steps", "20", "--warmups", "5"),
+        (*_STEP, "--layout", "nchw", "--models", "tanet"),
         limit_s=180,
         operators="reference",
         json=True,
@@ -193,7 +194,7 @@ SECTIONS = (
     # The same steps with every operator as plain PyTorch.
     Section(
         "step_reference",
-        (*_STEP, "--precision", "fp16", "--steps", "30"),
+        (*_STEP, "--precision", "fp16"),
         limit_s=300,
         operators="reference",
         json=True,
@@ -280,7 +281,7 @@ SECTIONS = (
         json=True,
         obstacle=_no_tf32,
     ),
-    Section("step_fp32", (*_STEP, "--precision", "fp32", "--steps", "30"), json=True),
+    Section("step_fp32", (*_STEP, "--precision", "fp32"), json=True),
     Section("kernels_compile", (*_CASES, "--quick", "--compile", "--json"), json=True),
     Section("sanitizer_race", (*sanitizer("--tool", "racecheck"), *_ONCE), limit_s=300),
     Section(

@@ -1,6 +1,7 @@
 """profile/gpu_check.py without a GPU: what it runs, leaves out, and writes."""
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -9,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from accel.models import list_models
 
 ROOT = Path(__file__).resolve().parents[2]
 ENV = {"revision": "abc", "sources": "0123", "gpu": "NVIDIA Test", "torch": "2.11"}
@@ -300,6 +303,18 @@ def test_every_section_is_a_command_that_exists(check):
             assert section.variables["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1", section.name
     asked = {"step_fp16", "step_fp32_nchw", "memory", "step_batch_norm", "kernels"}
     assert asked <= {section.name for section in SECTIONS if section.json}
+
+
+def test_steps_of_every_network_end_within_their_limit(check):
+    """Nothing is printed before the end. Half a second per step is slow: see docs/hardware.md."""
+    from gpu_report.sections import SECTIONS
+
+    for section in SECTIONS:
+        if "profile/step.py" in section.command:
+            options = dict(itertools.pairwise(section.command))  # the last of each counts
+            labels = options.get("--models", ",".join(list_models())).split(",")
+            turns = int(options["--warmups"]) + int(options["--steps"])
+            assert turns * len({"tsn", *labels}) * 0.5 <= section.limit_s, section.name
 
 
 HIDE = """
