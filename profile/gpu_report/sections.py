@@ -166,6 +166,14 @@ SECTIONS = (
         obstacle=_one_gpu,
     ),
     Section("tests_operators", (*_TESTS, "tests/kernels"), modules=("pytest",), operators="mixed"),
+    # A replayed step is the eager one, to the last input and rate; needs nothing beside pytest.
+    Section(
+        "tests_graphs",
+        (*_TESTS, "tests/engine/test_graphs.py"),
+        limit_s=180,
+        modules=("pytest",),
+        operators="auto",
+    ),
     # Every operator once, forward and backward: out-of-bounds and misaligned accesses.
     Section("sanitizer", (*sanitizer(), *_ONCE), limit_s=300, environment=_EXACT),
     Section(

@@ -328,6 +328,22 @@ sys.meta_path.insert(0, Hide())
 """
 
 
+def test_graphs_are_tested_with_nothing_but_pytest(check, tmp_path):
+    from gpu_report.sections import SECTIONS
+
+    (section,) = (section for section in SECTIONS if section.name == "tests_graphs")
+    assert section.modules == ("pytest",)
+    (tmp_path / "sitecustomize.py").write_text(HIDE)
+    answer = subprocess.run(
+        [*section.command, "--collect-only"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    )
+    assert answer.returncode == 0 and "test_on_a_gpu" in answer.stdout, answer.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.multi_process
 def test_a_minute_of_training_needs_neither_decoder_nor_recipe_parser(tmp_path):
