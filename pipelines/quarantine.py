@@ -99,8 +99,9 @@ class Quarantine:
         """Leave a video out from now on.
 
         Raises:
-            DataError: that would be more than tolerated (MediaError if it is the only one); nothing
-                has changed, so a run continues once the file is repaired.
+            DataError: that would be more than tolerated, with what other processes have found
+                (MediaError if it is the only one); nothing has changed, nor has the file, so a run
+                continues once the video is repaired.
         """
         self.add_all([(sample_id, reason)])
 
@@ -113,19 +114,24 @@ class Quarantine:
         ]
         if not entries:
             return
-        self._check(entries)
-        self._keep(entries)
+        if self.path is None:
+            self._check(entries)
+            self._keep(entries)
+        else:
+            with locked(self.path.with_name(f".{self.path.name}.lock")):
+                stored = _read(self.path)
+                known = {(e.split, e.sample_id) for e in stored}
+                merged = stored + [e for e in entries if (e.split, e.sample_id) not in known]
+                own = self._own(merged)
+                self._check(own)  # before it is written: a resumed run would refuse the file
+                if len(merged) > len(stored):
+                    _write(self.path, sorted(merged, key=lambda e: (e.split, e.sample_id)))
+                self._keep(own)
         for entry in entries[:3]:
             text = "%s video %d (%s) is left out: %s"
             _LOG.warning(text, _TITLES[self._split], entry.sample_id, entry.path, entry.reason)
         if len(entries) > 3:
             _LOG.warning("and %d more", len(entries) - 3)
-        if self.path is not None:
-            with locked(self.path.with_name(f".{self.path.name}.lock")):
-                stored = {(e.split, e.sample_id): e for e in _read(self.path)}
-                stored |= {(e.split, e.sample_id): e for e in entries}
-                _write(self.path, [stored[key] for key in sorted(stored)])
-            self.refresh()
 
     def refresh(self) -> None:
         """Take over what other processes have found.
@@ -135,7 +141,13 @@ class Quarantine:
         """
         if self.path is None:
             return
-        entries = [entry for entry in _read(self.path) if entry.split == self._split]
+        entries = self._own(_read(self.path))
+        self._check(entries)
+        self._keep(entries)
+
+    def _own(self, stored: list[Unusable]) -> list[Unusable]:
+        """Those of this split; they must be of these videos."""
+        entries = [entry for entry in stored if entry.split == self._split]
         for entry in entries:
             known = entry.sample_id < len(self._videos)
             if not known or self._videos[entry.sample_id].name != entry.path:
@@ -143,8 +155,7 @@ class Quarantine:
                     f"{self.path}: video {entry.sample_id} is {entry.path}, which the list does "
                     "not have there; choose another --out, or delete the file."
                 )
-        self._check(entries)
-        self._keep(entries)
+        return entries
 
     def take_new(self) -> list[Unusable]:
         """The entries since the last call."""

@@ -232,28 +232,6 @@ def test_a_repaired_file_is_used_by_the_next_run(dataset: Dataset, tmp_path: Pat
     assert 4 in open_loader(dataset, quarantine=same_run).quarantine  # its samples stay the same
 
 
-def test_quarantine_files(dataset: Dataset, tmp_path: Path) -> None:
-    def opened(split: str = "train", fraction: float = 0.34) -> Quarantine:
-        path = tmp_path / "q.csv"
-        return Quarantine(dataset.train, split=split, max_bad_fraction=fraction, path=path)  # type: ignore[arg-type]
-
-    one, other, val = opened(), opened(), opened("val")
-    one.add(3, 'two\nlines, "quoted"')
-    other.add(5, "b")
-    val.add(3, "c")
-    one.refresh()
-    assert [(e.sample_id, e.reason) for e in one.entries] == [(3, 'two lines, "quoted"'), (5, "b")]
-    assert [e.sample_id for e in one.take_new()] == [3, 5] and one.take_new() == []
-    assert 3 in val and 5 not in val and opened().summary() == one.summary()
-    with pytest.raises(DataError, match=r"2 of 12 training videos cannot be used, 1 are tolerated"):
-        opened(fraction=0.001)
-    text = (tmp_path / "q.csv").read_text()
-    for damaged in (text.replace("05.webm", "else.webm"), "a,b\n", text + "train,x\n", text * 2):
-        (tmp_path / "q.csv").write_text(damaged)
-        with pytest.raises(DataError, match=r"q\.csv: "):
-            opened()
-
-
 class Faulty:
     """A decoder around another one, that misbehaves at chosen calls of `finish`."""
 
