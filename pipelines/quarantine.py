@@ -1,16 +1,17 @@
 """Videos that cannot be used: which and why, in a file that all processes of a run share."""
 
+import contextlib
 import csv
 import io
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from pipelines.annotations import VideoSet
-from pipelines.cache import locked, replace_bytes
+from pipelines.cache import file_lock, replace_bytes
 from pipelines.errors import DataError, MediaError
 from pipelines.order import Split
 
@@ -118,7 +119,7 @@ class Quarantine:
             self._check(entries)
             self._keep(entries)
         else:
-            with locked(self.path.with_name(f".{self.path.name}.lock")):
+            with _locked(self.path):
                 stored = _read(self.path)
                 known = {(e.split, e.sample_id) for e in stored}
                 merged = stored + [e for e in entries if (e.split, e.sample_id) not in known]
@@ -196,6 +197,17 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())[:500]
 
 
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other processes from changing the file, if its folder can be written."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(file_lock(path.with_name(f".{path.name}.lock")))
+        except OSError as error:  # a run does not end for it, as in `_write`
+            _LOG.error("%s: no lock can be made beside it (%s)", path, error)
+        yield
+
+
 def _read(path: Path) -> list[Unusable]:
     try:
         text = path.read_text(encoding="utf-8", errors="surrogateescape")
@@ -205,8 +217,8 @@ def _read(path: Path) -> list[Unusable]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
     rows = list(csv.reader(io.StringIO(text, newline="")))
     try:
-        if rows[0] != _HEADER:
-            raise ValueError("another header")
+        if rows[:1] != [_HEADER]:
+            raise ValueError("another header" if rows else "the file is empty")
         return [Unusable(row[0], int(row[1]), row[2], row[3]) for row in rows[1:]]
     except (ValueError, IndexError) as error:
         problem = f"expected the columns {','.join(_HEADER)} ({error}); repair or delete the file."

@@ -1,5 +1,6 @@
 """The file of unusable videos, which processes of a run share."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,13 @@ def test_quarantine_files(videos: VideoSet, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"2 of 12 training videos cannot be used, 1 are tolerated"):
         opened(fraction=0.001)
     text = (tmp_path / "q.csv").read_text()
-    for damaged in (text.replace("05.webm", "else.webm"), "a,b\n", text + "train,x\n", text * 2):
+    for damaged in (
+        "",
+        text.replace("05.webm", "else.webm"),
+        "a,b\n",
+        text + "train,x\n",
+        text * 2,
+    ):
         (tmp_path / "q.csv").write_text(damaged)
         with pytest.raises(DataError, match=r"q\.csv: "):
             opened()
@@ -51,3 +58,35 @@ def test_what_is_refused_is_not_written(videos: VideoSet, tmp_path: Path) -> Non
     assert [entry.sample_id for entry in opened().entries] == [3]
     other.add(3, "found here, too")
     assert (tmp_path / "q.csv").read_bytes() == stored and 3 in other
+
+
+def test_the_file_is_on_the_disk_before_its_name(
+    videos: VideoSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power failure it is the old or the new one, not an empty one."""
+    done = []
+    replace, sync = os.replace, os.fsync
+
+    def noted_replace(source: Path, target: Path) -> None:
+        done.append(f"{target.name} named")
+        replace(source, target)
+
+    def noted_sync(handle: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        done.append("folder" if path == tmp_path else f"{path.name.split('.tmp-')[0]} synced")
+        sync(handle)
+
+    monkeypatch.setattr(os, "replace", noted_replace)
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    Quarantine(videos, split="val", max_bad_fraction=0.1, path=tmp_path / "q.csv").add(0, "a")
+    assert done == ["q.csv synced", "q.csv named", "folder"]
+
+
+def test_a_run_goes_on_where_nothing_can_be_locked(
+    videos: VideoSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / ".q.csv.lock").mkdir()
+    quarantine = Quarantine(videos, split="val", max_bad_fraction=0.1, path=tmp_path / "q.csv")
+    quarantine.add(0, "a")
+    assert 0 in quarantine and "q.csv: no lock can be made beside it" in caplog.text
+    assert "00.webm" in (tmp_path / "q.csv").read_text()
