@@ -3,7 +3,10 @@
 import contextlib
 import dataclasses
 import logging
+import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +24,8 @@ WARM_UP_STEPS = 3
 # torch's notes on CUDA graphs: DDP times its first 10 iterations with events, which a capture
 # forbids.
 DISTRIBUTED_WARM_UP_STEPS = 11
+# Before, an end of a capture that fails leaves the allocator waiting for it (pytorch #180395).
+_ENDS_BROKEN_CAPTURES = "2.13"  # compared as versions
 
 
 class Graphs(Protocol):
@@ -28,6 +33,9 @@ class Graphs(Protocol):
 
     def side_stream(self) -> contextlib.AbstractContextManager[None]:
         """Where warm-up and capture happen, in order with the stream of the caller."""
+
+    def watch(self) -> contextlib.AbstractContextManager[list[str]]:
+        """Collects where this thread waits for the device, which no capture survives."""
 
     def new_pool(self) -> object:
         """Memory for graphs that are replayed in the order of their capture.
@@ -44,6 +52,7 @@ class Graphs(Protocol):
 
         Raises:
             RuntimeError: something in `work` cannot be recorded.
+            AccelError: so it is, and nothing on the device can be relied on after that.
         """
 
 
@@ -58,6 +67,30 @@ class DeviceGraphs:
         index = torch.cuda.current_device() if device.index is None else device.index
         self._device = torch.device("cuda", index)
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[list[str]]:
+        """See `Graphs`."""
+        found: list[str] = []
+        thread, show = threading.get_ident(), warnings.showwarning
+
+        def note(message: Any, category: Any, filename: str, lineno: int, *rest: Any) -> None:
+            if "synchronizing CUDA operation" in str(message):
+                # The mode is that of the process: the loader's thread may wait.
+                if threading.get_ident() == thread:
+                    found.append(f"{Path(filename).name}:{lineno} waits for the device")
+            elif "Synchronization debug mode" not in str(message):
+                show(message, category, filename, lineno, *rest)
+
+        mode = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = note  # type: ignore[assignment]
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                yield found
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
 
     def new_pool(self) -> object:
         """See `Graphs`."""
@@ -77,6 +110,16 @@ class DeviceGraphs:
         graph = torch.cuda.CUDAGraph()
         generator = torch.cuda.default_generators[self._device.index]
         spare = generator.clone_state()
+        cause: RuntimeError | None = None
+
+        def recorded() -> None:
+            nonlocal cause
+            try:
+                work()
+            except RuntimeError as error:
+                cause = error
+                raise
+
         try:
             # The outer context gives the stream back when the inner one fails to end its capture.
             # The loader's thread allocates and copies meanwhile: that is not this thread's error.
@@ -89,10 +132,16 @@ class DeviceGraphs:
                     capture_error_mode="thread_local",
                 ),
             ):
-                work()
-        except RuntimeError:
+                recorded()
+        except RuntimeError as error:
             # A capture that failed may leave its generator waiting for the end of it.
             generator.graphsafe_set_state(spare)
+            if error is not cause and torch.__version__ < _ENDS_BROKEN_CAPTURES:
+                raise AccelError(
+                    "train.execution: the step cannot be captured as a CUDA graph "
+                    f"({_one_line(cause or error)}), and torch {torch.__version__} cannot go on "
+                    "after that; use eager."
+                ) from error
             raise
         return graph.replay
 
@@ -112,7 +161,8 @@ class Replay:
         parameters: whose gradients `work` accumulates.
         warm_up: steps that run eagerly first, >= 1.
         undo: called after a capture failed, to forget what `work` did on the host.
-        fall_back: whether steps run eagerly once a capture has failed; otherwise it is an error.
+        fall_back: whether steps run eagerly where they cannot be captured; otherwise it is an
+            error.
     """
 
     def __init__(
@@ -155,9 +205,13 @@ class Replay:
             return
         assert self._static is not None
         if self._warm_up > 0:
-            with self._graphs.side_stream():
+            # The last step to warm up shows what a capture would stumble over, which is dear.
+            watch = self._graphs.watch() if self._warm_up == 1 else contextlib.nullcontext([])
+            with self._graphs.side_stream(), watch as waits:
                 self._work(self._static, first, last)
             self._warm_up -= last
+            if waits and self.problem is None:
+                self._give_up(waits[0])
             return
         if (first, last) not in self._replays and not self._capture(first, last):
             self._work(batch, first, last)
@@ -186,13 +240,7 @@ class Replay:
         except RuntimeError as error:
             # What ends a broken capture complains about it and hides the cause.
             cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
-            self.problem = " ".join(str(cause).split())[:200]
-            if not self._fall_back:
-                raise AccelError(
-                    f"train.execution: the step cannot be captured as a CUDA graph ({self.problem})"
-                    ", and with several processes all must replay; use eager."
-                ) from error
-            logger.warning("steps run eagerly, a CUDA graph cannot be made: %s", self.problem)
+            self._give_up(_one_line(cause))
             self._undo()
             self._attach(first)
             self._eager_step = True
@@ -202,6 +250,15 @@ class Replay:
             # The memory that the following graphs add to; a reference keeps it what it is.
             self._gradients = [parameter.grad for parameter in self._parameters]
         return True
+
+    def _give_up(self, problem: str) -> None:
+        self.problem = problem
+        if not self._fall_back:
+            raise AccelError(
+                f"train.execution: the step cannot be captured as a CUDA graph ({problem}), and "
+                "with several processes all must replay; use eager."
+            )
+        logger.warning("steps run eagerly, a CUDA graph cannot be made: %s", problem)
 
     def _attach(self, first: bool) -> None:
         """Give the parameters the gradients that the graphs of this step have left so far."""
@@ -215,6 +272,10 @@ def _inputs(batch: Batch) -> dict[str, Tensor]:
     names = ("clips", "labels", "colors")
     found = {name: getattr(batch, name) for name in names}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _kind(tensor: Tensor) -> tuple[object, ...]:

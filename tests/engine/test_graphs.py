@@ -1,8 +1,6 @@
 """Steps replayed as graphs are the steps themselves: a tape of operators stands in for a GPU's."""
 
 import contextlib
-import functools
-import types
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from accel.engine.batchnorm import StepStatistics
 from accel.engine.distributed import World
-from accel.engine.graphs import WARM_UP_STEPS, DeviceGraphs
+from accel.engine.graphs import WARM_UP_STEPS
 from accel.engine.optim import OptimConfig, Optimizer
 from accel.engine.precision import Precision, PrecisionConfig
 from accel.engine.seeding import seed_everything
@@ -22,6 +20,19 @@ from pipelines.loader import Batch
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class _Waiting(TorchDispatchMode):
+    """Notes what waits for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ == "_local_scalar_dense":
+            self.found.append("item waits for the device")
+        return func(*args, **(kwargs or {}))
 
 
 class _Recording(TorchDispatchMode):
@@ -46,11 +57,17 @@ class Tape:
 
     Args:
         tensors: everything that lives on: parameters, buffers, momentum, scale, results.
+        blind: the last step that warms up shows nothing, as with what torch cannot see.
     """
 
-    def __init__(self, tensors):
-        self.tensors = tensors
+    def __init__(self, tensors, blind=False):
+        self.tensors, self.blind = tensors, blind
         self.side = self.captures = self.replays = self.pools = 0
+
+    @contextlib.contextmanager
+    def watch(self):
+        with _Waiting() as waiting:
+            yield [] if self.blind else waiting.found
 
     def new_pool(self):
         self.pools += 1
@@ -98,7 +115,16 @@ def _tensors(tree):
 class Run:
     """A small network in training, eagerly or on a tape."""
 
-    def __init__(self, mode="fp32", accumulation=1, *, graphs=False, broken=None, name="tanet"):
+    def __init__(
+        self,
+        mode="fp32",
+        accumulation=1,
+        *,
+        graphs=False,
+        broken=None,
+        blind=False,
+        name="tanet",
+    ):
         seed_everything(0, "model")
         self.model = build_model(
             name, num_classes=3, num_segments=2, depth=18, width=8, stages=2, dropout=0.5
@@ -140,7 +166,8 @@ class Run:
                     *self.optimizer.state_dict().values(),
                     *scale,
                     self.step._results,
-                ]
+                ],
+                blind,
             )
             self.replay = self.step.launch("graph", self.tape)
 
@@ -252,9 +279,21 @@ def _waiting_loss(run):
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_a_step_that_cannot_be_captured_goes_on_eagerly_with_the_reason(accumulation, caplog):
+def test_a_step_that_waits_is_not_captured_at_all(accumulation, caplog):
     eager = Run("fp16", accumulation)
     graphed = Run("fp16", accumulation, graphs=True, broken=_waiting_loss)
+    assert torch.equal(eager.train(6), graphed.train(6))
+    _assert_same(eager, graphed)
+    assert graphed.tape.captures == 0 and graphed.tape.side == WARM_UP_STEPS * accumulation
+    assert [r.getMessage() for r in caplog.records] == [
+        "steps run eagerly, a CUDA graph cannot be made: item waits for the device"
+    ]
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_step_that_cannot_be_captured_goes_on_eagerly_with_the_reason(accumulation, caplog):
+    eager = Run("fp16", accumulation)
+    graphed = Run("fp16", accumulation, graphs=True, broken=_waiting_loss, blind=True)
     assert torch.equal(eager.train(6), graphed.train(6))
     _assert_same(eager, graphed)
     assert graphed.tape.captures == 1
@@ -278,17 +317,19 @@ def test_a_capture_that_fails_late_takes_back_what_the_host_remembers():
         run.step._statistics.__class__ = Waits
 
     eager = Run("fp16", 3)
-    graphed = Run("fp16", 3, graphs=True, broken=broken)
+    graphed = Run("fp16", 3, graphs=True, broken=broken, blind=True)
     assert torch.equal(eager.train(6), graphed.train(6))
     _assert_same(eager, graphed)
     assert graphed.tape.captures == 3 and graphed.replay.problem
 
 
-def test_several_processes_do_not_fall_back_one_by_one():
-    graphed = Run(graphs=True, broken=_waiting_loss)
+@pytest.mark.parametrize("blind", [True, False])
+def test_several_processes_do_not_fall_back_one_by_one(blind):
+    graphed = Run(graphs=True, broken=_waiting_loss, blind=blind)
     graphed.replay._fall_back = False
+    graphed.train(WARM_UP_STEPS - (not blind))
     with pytest.raises(AccelError, match=r"train\.execution: the step cannot be captured"):
-        graphed.train(WARM_UP_STEPS + 1)
+        graphed.train(1)
 
 
 def test_the_tape_would_show_a_rate_or_an_input_that_is_frozen():
@@ -300,73 +341,6 @@ def test_the_tape_would_show_a_rate_or_an_input_that_is_frozen():
     take = frozen_input.replay._take
     frozen_input.replay._take = lambda batch: frozen_input.replay._static is not None or take(batch)
     assert not torch.equal(eager.train(6), frozen_input.train(6))
-
-
-class FakeCuda:
-    """What `DeviceGraphs` asks of torch.cuda, on a machine without a GPU; notes the pools."""
-
-    def __init__(self, patch):
-        self.opened, self.captured, self.restored = 0, [], []
-        self.broken_end = None
-        generators = [types.SimpleNamespace(clone_state=lambda: "spare") for _ in range(3)]
-        for index, generator in enumerate(generators):
-            generator.graphsafe_set_state = functools.partial(self._restore, index)
-        graph = types.SimpleNamespace(replay=lambda: None)
-        for name, stand_in in {
-            "current_device": lambda: 2,
-            "default_generators": generators,
-            "CUDAGraph": lambda: graph,
-            "Stream": lambda device: device,
-            "current_stream": lambda device: device,
-            "stream": lambda _: contextlib.nullcontext(),
-            "graph_pool_handle": self._open,
-            "graph": self._graph,
-        }.items():
-            patch.setattr(torch.cuda, name, stand_in)
-
-    def _open(self):
-        self.opened += 1
-        return 0, self.opened
-
-    def _restore(self, index, state):
-        self.restored.append((index, state))
-
-    @contextlib.contextmanager
-    def _graph(self, graph, *, pool, stream, capture_error_mode):
-        self.captured.append(pool)
-        try:
-            yield
-        finally:
-            if self.broken_end:
-                raise RuntimeError(self.broken_end)
-
-
-@pytest.fixture
-def cuda(monkeypatch):
-    return FakeCuda(monkeypatch)
-
-
-def test_a_device_without_an_index_is_the_current_one(cuda):
-    graphs = DeviceGraphs(torch.device("cuda"))
-
-    def fails():
-        raise RuntimeError("no")
-
-    with pytest.raises(RuntimeError, match="no"):
-        graphs.capture(fails, graphs.new_pool())
-    assert cuda.restored == [(2, "spare")]
-    assert DeviceGraphs(torch.device("cuda", 1))._device == torch.device("cuda", 1)
-
-
-def test_every_launch_captures_into_memory_of_its_own(cuda):
-    """A pool that its graphs have left must not be captured into again (vLLM #28426, #53682)."""
-    run, graphs = Run(accumulation=2), DeviceGraphs(torch.device("cuda", 0))
-    for launched in (1, 2):
-        replay = run.step.launch("graph", graphs)
-        replay._take(next(run.batches(0, 3)))
-        assert replay._capture(True, False) and replay._capture(False, True)
-        run.step.abandon()
-        assert cuda.captured[-2:] == [(0, launched)] * 2
 
 
 @pytest.mark.needs_cuda
