@@ -32,36 +32,30 @@ class Launcher:
         self._wanted = recipe.train.execution
         self._obstacles = {way: obstacle(way, recipe, device, world, accumulation) for way in WAYS}
         self._main = world.is_main
-        graphs = self._obstacles["graph"] is None and self._wanted not in ("eager", "compile")
+        way: Execution = "graph" if self._wanted == "auto" else self._wanted
+        graphs = "graph" in way and self._obstacles[way] is None
         self.graphs: Graphs | None = DeviceGraphs(device) if graphs else None
 
     def settle(
         self, step: TrainStep, rehearse: Callable[[], Rehearsal], stored: str | None
-    ) -> Execution:
+    ) -> None:
         """Choose, tell the step, and say in one line why it is not what was asked for.
 
         Args:
             step: of the run.
             rehearse: makes what tries and times steps; called when needed.
             stored: what the run that is continued did; "auto" does it again, for the same bits.
-
-        Returns:
-            The way that is taken.
         """
         wanted = self._wanted
         if wanted == "auto":
             known = next((way for way in WAYS if way == stored), None)
             if known is None:
-                return self._launch(step, self._measured(step, rehearse))
+                known = self._measured(step, rehearse)
             wanted = known
         if reason := self._obstacles[wanted] or self._failure(step, rehearse, wanted):
             logger.warning("train.execution %s: steps run eagerly, because %s.", wanted, reason)
             wanted = "eager"
-        return self._launch(step, wanted)
-
-    def _launch(self, step: TrainStep, way: Execution) -> Execution:
-        step.launch(way, self.graphs)
-        return way
+        step.launch(wanted, self.graphs)
 
     def _failure(
         self, step: TrainStep, rehearse: Callable[[], Rehearsal], way: Execution

@@ -101,6 +101,8 @@ class TrainStep:
         self._statistics = StepStatistics(model) if precision.scaler.is_enabled() else None
         self._results = torch.zeros(3, device=precision.device)  # loss, norm, skipped
         self._micro: MicroStep = self._micro_step
+        self._way: Execution = "eager"
+        self._replay: Replay | None = None
         self.data_wait = Stopwatch()
         self.underway = False
         """Between a step's first forward pass and its end: batch-norm statistics have moved on."""
@@ -121,6 +123,13 @@ class TrainStep:
         with self.ranges("step"):
             return self._run(batches, iteration, stop)
 
+    @property
+    def execution(self) -> Execution:
+        """How steps are launched; no graphs once they have turned out to be impossible."""
+        if self._replay is None or self._replay.problem is None:
+            return self._way
+        return "compile" if "compile" in self._way else "eager"
+
     def launch(self, way: Execution, graphs: Graphs | None) -> Replay | None:
         """From now on launch steps in this way.
 
@@ -134,11 +143,12 @@ class TrainStep:
         """
         self._model = self._compiled() if "compile" in way else self._plain_model
         self._micro = self._micro_step
+        self._way, self._replay = way, None
         if "graph" not in way:
             return None
         assert graphs is not None
         alone = self._world.size == 1
-        replay = Replay(
+        self._micro = self._replay = Replay(
             self._micro_step,
             graphs,
             parameters=self._optimizer.parameters(),
@@ -146,8 +156,7 @@ class TrainStep:
             undo=self.abandon,
             fall_back=alone,
         )
-        self._micro = replay
-        return replay
+        return self._replay
 
     def state(self) -> list[Tensor]:
         """All tensors that a step changes, besides the loss scale."""

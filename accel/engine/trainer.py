@@ -127,12 +127,11 @@ class Trainer:
             self.counters = Counters()
             self.scores: Scores | None = None
             self.best_top1 = -1.0
-            self.execution = "eager"
             if found is not None:
                 self._restore(*found, resume_allow)
             stored = found[1].get("execution") if found is not None else None
             if not self.finished():
-                self.execution = self._launcher.settle(self.step, self._rehearse, stored)
+                self._launcher.settle(self.step, self._rehearse, stored)
         except BaseException:
             self.close()
             raise
@@ -377,7 +376,7 @@ class Trainer:
                 split: loader.decoded_whole for split, loader in self._video_loaders.items()
             },
             "unusable": [video for each in self._quarantines for video in each.summary()],
-            "execution": self.execution,
+            "execution": self.step.execution,
             "gpu": self.gpu.summary(),
             "recipe_sha256": configs.fingerprint(self.recipe),
         }
@@ -550,7 +549,7 @@ class Trainer:
             "class_names": list(self.dataset.class_names),
             "decoders": self._decoders(),
             "world_size": self.world.size,
-            "execution": self.execution,
+            "execution": self.step.execution,
             "best_top1": self.best_top1,
         }
 

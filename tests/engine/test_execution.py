@@ -79,7 +79,7 @@ def _messages(caplog):
 
 
 def test_a_way_that_cannot_be_is_eager_with_the_reason_in_one_line(trainer, caplog):
-    assert trainer({"train.execution": "graph"}).execution == "eager"
+    assert trainer({"train.execution": "graph"}).step.execution == "eager"
     assert _messages(caplog) == [
         "train.execution graph: steps run eagerly, because CUDA graphs need a GPU, this run is on "
         "cpu."
@@ -136,7 +136,7 @@ def test_auto_measures_once_and_a_resumed_run_does_what_it_did(trainer, monkeypa
     monkeypatch.setattr(Rehearsal, "seconds_per_step", seconds)
     auto = {"train.execution": "auto"}
     own = trainer({**auto, "train.max_steps": "2"})
-    assert own.execution == "compile" and own.step._model is measured[1] is not own.model
+    assert own.step.execution == "compile" and own.step._model is measured[1] is not own.model
     assert compiled == [{"fullgraph": True, "dynamic": False}]
     assert _messages(caplog) == [
         "train.execution auto: compile, 2.00 x the rate of eager (measured: eager 1000.0 ms, "
@@ -147,7 +147,7 @@ def test_auto_measures_once_and_a_resumed_run_does_what_it_did(trainer, monkeypa
     _, state = CheckpointStore(own.folder.checkpoints).load_latest()
     assert state["execution"] == "compile"
     resumed = trainer(auto)
-    assert resumed.execution == "compile" and len(measured) == 2
+    assert resumed.step.execution == "compile" and len(measured) == 2
     resumed.fit()
 
 
@@ -160,13 +160,13 @@ def test_a_network_that_cannot_be_compiled_runs_eagerly(trainer, monkeypatch, ca
 
     monkeypatch.setattr(torch, "compile", broken)
     own = trainer({"train.execution": "compile"})
-    assert own.execution == "eager" and own.step._model is own.model
+    assert own.step.execution == "eager" and own.step._model is own.model
     assert _messages(caplog) == [
         "train.execution compile: steps run eagerly, because no working compiler."
     ]
     caplog.clear()
     own = trainer({"train.execution": "auto"}, folder="auto")
-    assert own.execution == "eager"
+    assert own.step.execution == "eager"
     own.fit()
 
 
@@ -190,13 +190,62 @@ def test_compiled_steps_have_the_losses_of_eager_ones(trainer, steps_of, monkeyp
     for way in ("eager", "compile"):
         own = trainer({**small, "train.execution": way}, folder=way)
         own.fit()
-        assert own.execution == way
+        assert own.step.execution == way
         losses[way] = [loss for _, loss, _, _ in steps_of(own.folder.path)]
     assert losses["compile"] == pytest.approx(losses["eager"], rel=1e-4)
     assert len(set(losses["eager"])) == 3
 
 
-def test_launcher_opens_no_graphs_where_none_are_wanted():
-    for way in ("eager", "compile", "auto"):
-        launcher = Launcher(load_recipe("demo_motion8", {"train.execution": way}), CPU, World(), 1)
-        assert launcher.graphs is None
+@pytest.mark.parametrize(
+    ("way", "device", "size", "opened"),
+    [
+        ("graph", CUDA, 1, True),
+        ("graph+compile", CUDA, 1, True),
+        ("auto", CUDA, 1, True),
+        ("graph", CUDA, 2, True),
+        ("graph+compile", CUDA, 2, False),  # steps run eagerly: DDP belongs to the usual stream
+        ("auto", CUDA, 2, False),
+        ("eager", CUDA, 1, False),
+        ("compile", CUDA, 1, False),
+        ("graph", CPU, 1, False),
+    ],
+)
+def test_graphs_are_opened_where_they_may_be_used(monkeypatch, way, device, size, opened):
+    monkeypatch.setattr(execution, "DeviceGraphs", lambda device: ("graphs of", device))
+    recipe = load_recipe("demo_motion8", {"train.execution": way})
+    launcher = Launcher(recipe, device, World(size=size), 1)
+    assert launcher.graphs == (("graphs of", device) if opened else None)
+
+
+class Unable:
+    """Graphs of a device that finds what they cannot record."""
+
+    side_stream = staticmethod(contextlib.nullcontext)
+
+    @contextlib.contextmanager
+    def watch(self):
+        yield ["net.py:7 waits for the device"]
+
+    def new_pool(self):
+        return None
+
+    def capture(self, work, pool):
+        raise AssertionError
+
+
+def test_a_run_that_could_not_replay_says_and_stores_so(trainer, monkeypatch):
+    wanted = {"train.execution": "graph", "model.stages": "1", "train.max_steps": "4"}
+    monkeypatch.setattr(execution, "obstacle", lambda *_: None)
+    monkeypatch.setattr(execution, "DeviceGraphs", lambda _: Unable())
+    own = trainer(wanted)
+    assert own.step.execution == "graph"  # as far as is known before the first step
+    assert own.fit()["execution"] == "eager"
+    own.close()
+    _, state = CheckpointStore(own.folder.checkpoints).load_latest()
+    assert state["execution"] == "eager"
+    step = own.step
+    monkeypatch.setattr(step, "_compiled", lambda: own.model)
+    replay = step.launch("graph+compile", Unable())
+    assert step.execution == "graph+compile"
+    replay.problem = "no memory"
+    assert step.execution == "compile"
