@@ -150,7 +150,10 @@ class GroupDecoder:
         suspects = [sample for sample, result in pairs if result.exception()]
         if suspects:
             time.sleep(_PAUSE_S)
-            return _unreadable(suspects, _read), False
+            found = _unreadable(suspects, _read)
+            if not found and thorough:  # the decoder reads by a way of its own
+                found = _unreadable(suspects, self._decode_alone)
+            return found, False
         self._rebuild()
         found = _unreadable(submitted.samples, _probe_and_read)
         if not found and thorough:

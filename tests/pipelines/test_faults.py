@@ -356,10 +356,11 @@ def test_an_error_that_does_not_come_again_changes_nothing(
     assert len(failed) == 12 and not len(loader.quarantine)
 
 
+@pytest.mark.parametrize("alone", [False, True])
 def test_any_error_of_a_reading_thread_takes_out_its_sample(
-    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, alone: bool
 ) -> None:
-    """D4: not only the errors that are foreseen."""
+    """D4: not only the errors that are foreseen, nor only those that come by another way, too."""
     from pipelines.decode import read_frames
 
     def fail(sample: Sample, *arguments: Any, **options: Any) -> Any:
@@ -368,7 +369,8 @@ def test_any_error_of_a_reading_thread_takes_out_its_sample(
         return read_frames(sample, *arguments, **options)
 
     monkeypatch.setattr("pipelines.fallback.read_frames", fail)
-    monkeypatch.setattr("pipelines.recovery.read_frames", fail)
+    if not alone:
+        monkeypatch.setattr("pipelines.recovery.read_frames", fail)
     loader = open_loader(dataset)
     assert len(list(loader.epoch(0))) == 6
     (entry,) = loader.quarantine.entries
