@@ -1,10 +1,12 @@
 """Groups of samples, decoded although files are unreadable and decoders fail.
 
 A sample that cannot be read twice goes into the quarantine, and the group is asked for again: the
-source then names another one in its place. A decoder that fails as a whole is built anew and gets
-the same group again, so no batch is lost, none comes twice, and their order stays.
+source then names another one in its place. Where storage fails, it is given some seconds. A decoder
+that fails as a whole is built anew and gets the same group again, so no batch is lost, none comes
+twice, and their order stays.
 """
 
+import errno
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +27,9 @@ _LOG = logging.getLogger(__name__)
 MAX_REBUILDS = 3
 """Failures of a group in a row, none of which takes out a sample, before the run ends."""
 _PAUSE_S = 0.1  # before the second attempt at a file: network file systems have moments
+_OUTAGE_PAUSES_S = (0.5, 1.0, 2.0, 4.0)
+"""Before further attempts where the error is that of storage which may come back."""
+_OUTAGES = frozenset((errno.EIO, errno.ESTALE, errno.ETIMEDOUT))
 
 
 Pick = Callable[[], list[list[Sample]]]
@@ -189,19 +194,45 @@ def _probe_and_read(sample: Sample) -> None:
 def _unreadable(
     samples: Sequence[Sample], attempt: Callable[[Sample], None]
 ) -> list[tuple[int, str]]:
-    found = {}
+    failed = _failures(samples, attempt)
+    for pause in _OUTAGE_PAUSES_S:
+        waiting = [sample for sample, error in failed.values() if _is_outage(error)]
+        if not waiting:
+            break
+        time.sleep(pause)
+        failed = {k: pair for k, pair in failed.items() if not _is_outage(pair[1])}
+        failed |= _failures(waiting, attempt)
+    found = []
+    for sample, error in failed.values():
+        problem = getattr(error, "problem", None) or f"{type(error).__name__}: {error}"
+        path = getattr(error, "path", sample.path)
+        if path != sample.path:  # a frame of the folder
+            problem = f"{path.name}: {problem}"
+        found.append((sample.sample_id, problem))
+    return found
+
+
+def _is_outage(error: BaseException | None) -> bool:
+    while error is not None:
+        if getattr(error, "errno", None) in _OUTAGES:
+            return True
+        error = error.__cause__
+    return False
+
+
+def _failures(
+    samples: Sequence[Sample], attempt: Callable[[Sample], None]
+) -> dict[int, tuple[Sample, Exception]]:
+    """Sample id -> the sample, and why the attempt at it failed."""
+    failed: dict[int, tuple[Sample, Exception]] = {}
     for sample in samples:
         try:
             attempt(sample)
         except MemoryError:
             raise
         except Exception as error:  # recorded in the quarantine
-            problem = getattr(error, "problem", None) or f"{type(error).__name__}: {error}"
-            path = getattr(error, "path", sample.path)
-            if path != sample.path:  # a frame of the folder
-                problem = f"{path.name}: {problem}"
-            found[sample.sample_id] = problem
-    return list(found.items())
+            failed[sample.sample_id] = (sample, error)
+    return failed
 
 
 def _one_line(error: BaseException) -> str:

@@ -4,6 +4,7 @@ Rows D3 to D6, M1 and M2 of the fault matrix.
 """
 
 import csv
+import errno
 import gc
 import os
 import resource
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -354,6 +356,31 @@ def test_an_error_that_does_not_come_again_changes_nothing(
     monkeypatch.setattr("os.pread", flaky)
     assert facts(list(loader.epoch(0))) == expected
     assert len(failed) == 12 and not len(loader.quarantine)
+
+
+def test_an_outage_of_seconds_takes_out_nothing(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D5: no file can be read until 5 s have been waited; for a missing one, nobody waits."""
+    loader = open_loader(dataset)
+    expected = facts(list(loader.epoch(0)))
+    paused: list[float] = []
+    read = os.pread
+
+    def failing(handle: int, *arguments: int) -> bytes:
+        if sum(paused) < 5 and os.readlink(f"/proc/self/fd/{handle}").endswith(".webm"):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(handle, *arguments)
+
+    monkeypatch.setattr(recovery, "time", SimpleNamespace(sleep=paused.append))
+    monkeypatch.setattr("os.pread", failing)
+    assert facts(list(loader.epoch(0))) == expected
+    assert 5 <= sum(paused) < 10 and not len(loader.quarantine)
+    paused.clear()
+    dataset.train[3].path.unlink()
+    monkeypatch.setattr("os.pread", read)
+    list(loader.epoch(0))
+    assert sum(paused) < 1 and 3 in loader.quarantine
 
 
 @pytest.mark.parametrize("alone", [False, True])
