@@ -36,11 +36,11 @@ from accel.engine.graphs import DeviceGraphs
 from accel.engine.memory import keep_freed_memory
 from accel.engine.optim import OptimConfig, Optimizer
 from accel.engine.precision import Precision, PrecisionConfig
-from accel.engine.run import environment
+from accel.engine.run import environment, resolve_device
 from accel.engine.seeding import seed_everything, set_deterministic
 from accel.engine.step import TrainStep
 from accel.engine.timing import Ranges
-from accel.errors import ConfigError
+from accel.errors import AccelError, ConfigError
 from accel.models import ModelConfig, build_model, list_models
 from pipelines.config import AugmentConfig, DataConfig, LoaderConfig, SamplingConfig
 from pipelines.datasets import Dataset, open_dataset
@@ -77,10 +77,38 @@ def parsed(label: str, args: argparse.Namespace) -> tuple[ModelConfig, str]:
     return ModelConfig(name=name, **options), mode  # type: ignore[arg-type]
 
 
-class Network:
-    """One network with its optimizer, and what was measured of it."""
+class SharedGraphs(DeviceGraphs):
+    """CUDA graphs of networks that take turns: one memory pool holds the activations of all.
 
-    def __init__(self, label: str, args: argparse.Namespace, num_classes: int) -> None:
+    Their replays keep the order of their captures, and no step reads what an earlier one left.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._pool = super().new_pool()
+
+    def new_pool(self) -> object:
+        """The same for every network; the first one keeps it in use."""
+        return self._pool
+
+
+class Network:
+    """One network with its optimizer, and what was measured of it.
+
+    Args:
+        label: of --models.
+        args: of the command.
+        num_classes: outputs.
+        graphs: of all networks whose label asks for them.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        args: argparse.Namespace,
+        num_classes: int,
+        graphs: DeviceGraphs | None = None,
+    ) -> None:
         config, mode = parsed(label, args)
         self.compiled = mode == "compile"
         self.label = label
@@ -110,9 +138,7 @@ class Network:
             ranges=ranges,
         )
         ranges.mark(self.model.named_parts())
-        self.graph = (
-            self.step.launch("graph", DeviceGraphs(args.device)) if mode == "graph" else None
-        )
+        self.graph = self.step.launch("graph", graphs) if mode == "graph" else None
         if args.layout == "nchw":
             use_nchw(self.model)
         self.own_bytes = _allocated(args.device) - before
@@ -357,7 +383,7 @@ def parse_args() -> argparse.Namespace:
             raise ConfigError(f"--{name}: expected a number >= 1, got {value}.")
     args.warmups = args.warmups if args.warmups >= 0 else (20 if cuda else 3)
     args.steps = args.steps or (100 if cuda or args.mode != "compute" else 10)
-    args.device = torch.device(args.device)
+    args.device = resolve_device(args.device)
     return args
 
 
@@ -418,7 +444,9 @@ def measure_here(
         generate = "none" if args.data else "motion8"
         dataset = open_dataset(DataConfig(root=args.data, generate=generate))  # type: ignore[arg-type]
     num_classes = dataset.num_classes if dataset else NUM_CLASSES
-    networks = [Network(label, args, num_classes) for label in labels]
+    graphed = any(parsed(label, args)[1] == "graph" for label in labels)
+    graphs = SharedGraphs(args.device) if graphed else None
+    networks = [Network(label, args, num_classes, graphs) for label in labels]
     if dataset is None:
         measure_compute(networks, args, clock)
     else:
@@ -450,7 +478,7 @@ def main() -> int:
     try:
         args = parse_args()
         report = measure(args)
-    except (ConfigError, DataError, ValueError, ChildProcessError) as error:
+    except (AccelError, DataError, ValueError, ChildProcessError) as error:
         print(f"step: {error}", file=sys.stderr)
         return 2
     print(table(report))

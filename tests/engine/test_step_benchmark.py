@@ -1,6 +1,8 @@
 """profile/step.py at a tiny size: every mode gives rows beside TSN; refusals are one sentence."""
 
+import contextlib
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -91,6 +93,37 @@ def test_refusals_are_one_sentence(run):
 def test_cuda_without_a_device(run):
     code, _, err = run("--device", "cuda")
     assert code == 2 and "sees no CUDA device" in err
+
+
+def test_steps_as_graphs_share_one_memory_pool(monkeypatch):
+    """The way of `+graph` up to its replays, with the steps of a CPU in place of a GPU's."""
+    step = _load("step", monkeypatch)
+    devices, pools, replays, numbers = [], [], [], itertools.count()
+
+    def capture(self, work, pool):
+        pools.append(pool)
+        return lambda: replays.append(work())
+
+    monkeypatch.setattr(step.DeviceGraphs, "__init__", lambda self, device: devices.append(device))
+    monkeypatch.setattr(step.DeviceGraphs, "new_pool", lambda self: next(numbers))
+    monkeypatch.setattr(step.DeviceGraphs, "side_stream", lambda self: contextlib.nullcontext())
+    monkeypatch.setattr(step.DeviceGraphs, "watch", lambda self: contextlib.nullcontext([]))
+    monkeypatch.setattr(step.DeviceGraphs, "capture", capture)
+    arguments = ["--device", "cuda", "--batch", "2", *TINY, "--warmups", "3"]
+    monkeypatch.setattr(sys, "argv", ["step.py", *arguments])
+    with monkeypatch.context() as pretended:
+        pretended.setattr(torch.cuda, "is_available", lambda: True)
+        args = step.parse_args()
+    assert args.device.index is not None  # torch.cuda.default_generators needs one
+    labels = ["tsn", "tsn+graph", "tanet+graph"]
+    chosen = {label: step.parsed(label, args) for label in labels}
+    monkeypatch.setattr(step, "parsed", lambda label, args: chosen[label])
+    args.device = torch.device("cpu")
+    networks = step.measure_here(labels, args, step.Clock(args.device), {})
+    assert devices == [args.device] and pools == [0, 0]
+    # A counted step, three warm-ups and five measured ones, of which the first three are eager.
+    assert len(replays) == 2 * (1 + 3 + 5 - 3)
+    assert not any("graph_problem" in network.described() for network in networks)
 
 
 @pytest.mark.needs_cuda
