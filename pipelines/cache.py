@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import logging
+import mmap
 import os
 import shutil
 import uuid
@@ -14,6 +15,8 @@ from typing import BinaryIO
 from pipelines.errors import DataError
 
 _LOG = logging.getLogger(__name__)
+_MOUNTS = Path("/proc/self/mountinfo")
+_LOCAL = frozenset(("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay"))
 
 
 @contextlib.contextmanager
@@ -91,6 +94,35 @@ def checksum(handle: BinaryIO, num_bytes: int) -> int:
         value = zlib.crc32(block, value)
         num_bytes -= len(block)
     return value
+
+
+def content_of(handle: BinaryIO, num_bytes: int) -> bytes | mmap.mmap:
+    """The first bytes of a file; the place in it stays.
+
+    On a local file system they are mapped, so that processes share the memory. On any other they
+    are read: see `pipelines.shards`; there another machine may replace the file, too, and take away
+    what is mapped of it.
+    """
+    if is_local(Path(handle.name).parent):
+        return mmap.mmap(handle.fileno(), num_bytes, access=mmap.ACCESS_READ)
+    place = handle.tell()
+    handle.seek(0)
+    content = handle.read(num_bytes)
+    handle.seek(place)
+    return content
+
+
+def is_local(folder: Path) -> bool:
+    """Whether a folder is known to be on a disk, or in the memory, of this machine."""
+    device = folder.stat().st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        mounts = _MOUNTS.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    # mount, parent, device, root, place, options, any number of fields, "-", type, ...
+    types = {line.partition(" - ")[2].split()[0] for line in mounts if line.split()[2] == wanted}
+    return bool(types) and types <= _LOCAL
 
 
 def write_once(root: Path, write: Callable[[Path], None]) -> None:

@@ -1,9 +1,8 @@
-"""Long lists, parsed once: columns in a file that every process maps instead of parsing again."""
+"""Long lists, parsed once: columns in a file that processes take up instead of parsing again."""
 
 import hashlib
 import json
 import logging
-import mmap
 import os
 import zlib
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.annotations import VideoSet
-from pipelines.cache import checksum, replace_bytes
+from pipelines.cache import checksum, content_of, replace_bytes
 
 _LOG = logging.getLogger(__name__)
 _MAGIC = b"accel list 1\n"
@@ -25,8 +24,8 @@ def cached_list(
 ) -> VideoSet:
     """What `build` makes of a list file; from the cache if it has made that of these bytes before.
 
-    The columns are mapped, so processes of a machine share their memory, and nothing is read line
-    by line.
+    Nothing is read line by line. Where the cache is on a local disk, the columns are mapped, so
+    processes of a machine share their memory (`content_of`).
 
     Args:
         path: the list; its content is part of the key.
@@ -87,12 +86,13 @@ def _load(file: Path) -> VideoSet | None:
             if handle.readline() != _MAGIC:
                 raise ValueError("another version")
             expected, begin = int(handle.readline(), 16), handle.tell()
-            if checksum(handle, os.fstat(handle.fileno()).st_size) != expected:
+            size_bytes = os.fstat(handle.fileno()).st_size
+            if checksum(handle, size_bytes) != expected:
                 raise ValueError("cut off or damaged")
             handle.seek(begin)
             head = json.loads(handle.readline())
             start = handle.tell()
-            content = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+            content = content_of(handle, size_bytes)
         rows = head["rows"]
         ends = np.frombuffer(content, np.int64, rows + 1, start)
         numbers = np.frombuffer(content, np.int32, 3 * rows, start + ends.nbytes)

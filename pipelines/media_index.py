@@ -8,7 +8,6 @@ import functools
 import hashlib
 import json
 import logging
-import mmap
 import os
 import sys
 import zlib
@@ -23,7 +22,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from pipelines.annotations import VideoRecord, VideoSet
-from pipelines.cache import checksum, locked, replace_bytes
+from pipelines.cache import checksum, content_of, locked, replace_bytes
 from pipelines.errors import DataError, MediaError
 from pipelines.images import find_frame_name
 from pipelines.media import MediaInfo, StreamKind
@@ -363,14 +362,14 @@ def _read(path: Path, num_rows: int | None = None) -> _Content | None:
                 raise ValueError("another version")
             tables_at = int.from_bytes(handle.read(8), "little")
             facts = json.loads(handle.readline())
-            # Mapped: processes share the memory.
-            mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-            rows = np.frombuffer(mapped, _ROW, facts["rows"], handle.tell())
+            rows_end = handle.tell() + facts["rows"] * _ROW.itemsize
+            content = content_of(handle, rows_end)
+            rows = np.frombuffer(content, _ROW, facts["rows"], handle.tell())
             kinds = [StreamKind(*fields) for fields in facts["kinds"]]
             problems = {int(key): text for key, text in facts.get("problems", {}).items()}
             end = tables_at + int((rows["table_at"] + rows["table_bytes"]).max(initial=0))
             size_bytes = os.fstat(handle.fileno()).st_size
-            whole = handle.tell() + rows.nbytes == tables_at and size_bytes == end
+            whole = rows_end == tables_at and size_bytes == end
             same = checksum(handle, rows.nbytes) == facts["checksum"]
         if not whole or not same or len(rows) == 0:
             raise ValueError("cut off or damaged")

@@ -1,15 +1,17 @@
-"""Long lists: parsed once, mapped afterwards, and nothing is done per file when a run starts."""
+"""Long lists: parsed once, taken up afterwards, and nothing is done per file when a run starts."""
 
 import logging
+import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pipelines import datasets, list_cache, media_index
+from pipelines import cache, datasets, list_cache, media_index
 from pipelines.annotations import VideoSet, read_list
 from pipelines.config import AugmentConfig, DataConfig, LoaderConfig, SamplingConfig
 from pipelines.datasets import open_dataset
@@ -57,6 +59,39 @@ def test_the_same_set_without_parsing(tmp_path: Path, monkeypatch: pytest.Monkey
     for _ in range(2):
         with pytest.raises(AnnotationError, match=r"list\.txt:501: "):
             open_dataset(config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "local"), [("ext4", True), ("nfs4", False), ("fuse.sshfs", False), ("", False)]
+)
+def test_only_local_files_are_mapped(
+    tmp_path: Path,
+    make_video: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    local: bool,
+) -> None:
+    make_video("a.webm", num_frames=6)
+    (tmp_path / "list.txt").write_text("a.webm 0\n" * 300)
+    device = tmp_path.stat().st_dev
+    place = f"{os.major(device)}:{os.minor(device)}" if kind else "9999:1"
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(f"36 35 {place} / /data rw,noatime shared:1 - {kind or 'ext4'} host:/x rw\n")
+    monkeypatch.setattr(cache, "_MOUNTS", mounts)
+    mapped = []
+
+    def noted(*arguments: Any, **options: Any) -> mmap.mmap:
+        mapped.append(arguments)
+        return mmap.mmap(*arguments, **options)
+
+    used = SimpleNamespace(mmap=noted, ACCESS_READ=mmap.ACCESS_READ)
+    monkeypatch.setattr(cache, "mmap", used)
+    for _ in range(2):  # the second time from the caches
+        videos = open_dataset(config(tmp_path)).train
+        index = media_index.index_videos(videos, cache_dir=tmp_path / "cache", threads=1)
+        assert videos == read_list(tmp_path / "list.txt", root=tmp_path)
+        assert index.num_frames.tolist() == [6] * 300
+    assert bool(mapped) == local
 
 
 @pytest.mark.parametrize(
