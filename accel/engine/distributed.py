@@ -48,6 +48,14 @@ class World:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
+    def minimum(self, number: int) -> int:
+        """The smallest of all ranks' numbers, on every rank."""
+        if self.size == 1:
+            return number
+        gathered = [number] * self.size
+        dist.all_gather_object(gathered, number)
+        return min(gathered)
+
     def broadcast_(self, tensors: list[Tensor]) -> None:
         """Give every rank rank 0's values, in place."""
         if self.size > 1:

@@ -26,6 +26,15 @@ logger = logging.getLogger(__name__)
 USABLE = 0.9
 """Share of the memory that steps may take; the rest is for the context, decoders, fragmentation."""
 _UNITS = {"GB": 10**9, "GiB": 2**30}
+# No engine: none whose workspace could be had. Not initialized: their handles need memory, too.
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "nable to find an engine",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_NOT_INITIALIZED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+)
 
 Measure = Callable[[int], int | None]
 """Clips of a micro-batch -> bytes that steps with it take at most, or None: they do not fit."""
@@ -78,22 +87,29 @@ def with_micro_batch(recipe: Recipe, clips: int) -> Recipe:
     return replace(recipe, train=replace(recipe.train, micro_batch=clips))
 
 
-def limit_memory(recipe: Recipe, device: torch.device) -> None:
+def limit_memory(recipe: Recipe, device: torch.device) -> Callable[[], None]:
     """Let this process allocate no more than `run.fit_memory` names.
+
+    Returns:
+        What lets it allocate as much as before.
 
     Raises:
         ConfigError: the device is not a GPU.
     """
     if not recipe.run.fit_memory:
-        return
+        return lambda: None
     if device.type != "cuda":
         raise ConfigError(
             f"run.fit_memory: measures the memory of a GPU, this run is on {device.type}; set "
             "train.micro_batch instead."
         )
-    if cap := cap_bytes(recipe.run.fit_memory):
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), device)
+    cap = cap_bytes(recipe.run.fit_memory)
+    if cap is None:
+        return lambda: None
+    before = torch.cuda.get_per_process_memory_fraction(device)
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), device)
+    return lambda: torch.cuda.set_per_process_memory_fraction(before, device)
 
 
 def fit_micro_batch(recipe: Recipe, world: World, limit: int, measure: Measure) -> Recipe:
@@ -105,13 +121,14 @@ def fit_micro_batch(recipe: Recipe, world: World, limit: int, measure: Measure) 
     Args:
         recipe: of the run.
         world: rank 0 measures for all.
-        limit: bytes that there are.
+        limit: bytes that this process can have; the rank with the fewest decides.
         measure: tries real steps.
 
     Raises:
         ConfigError: not even one clip fits.
     """
     train = recipe.train
+    limit = world.minimum(limit)
     tried: dict[int, int | None] = {}
 
     def fits(clips: int) -> bool:
@@ -130,7 +147,7 @@ def fit_micro_batch(recipe: Recipe, world: World, limit: int, measure: Measure) 
         raise ConfigError(
             f"run.fit_memory: not even {possible[0]} clip per forward fits {USABLE:.0%} of "
             f"{limit / 1e9:.1f} GB; use train.checkpoint_activations block, 16 bits "
-            "(precision.mode) or a smaller network."
+            "(precision.mode), a smaller test.batch or a smaller network."
         )
     clips = int(answer)
     if world.is_main:
@@ -153,6 +170,10 @@ def fit_micro_batch(recipe: Recipe, world: World, limit: int, measure: Measure) 
 
 class StepMemory:
     """Measures real steps, optimizer included, of a network of its own on random clips.
+
+    Steps and evaluation are measured launched eagerly, in one process. Where steps may be replayed
+    as graphs, what both take is added up, as graphs keep theirs; where several processes exchange
+    gradients, the buckets are added, as they stay while activations are at their peak.
 
     Args:
         recipe: of the run.
@@ -181,31 +202,39 @@ class StepMemory:
         return min(available, cap_bytes(self._recipe.run.fit_memory) or available)
 
     def __call__(self, clips: int) -> int | None:
-        """Bytes that steps of `clips` clips reserve at most; None: out of memory."""
+        """Bytes that a run with `clips` clips per forward takes at most; None: out of memory."""
+        own = self._recipe.test.batch or clips
+        step = self._peak(lambda: self._run(clips))
+        evaluation = self._peak(lambda: self._evaluate(own)) if step is not None else None
+        if step is None or evaluation is None:
+            return None
+        if self._processes > 1:
+            step += sum(p.numel() * p.element_size() for p in self._optimizer.parameters())
+        graphs = self._recipe.train.execution in ("auto", "graph", "graph+compile")
+        return step + evaluation if graphs else max(step, evaluation)
+
+    def _peak(self, work: Callable[[], None]) -> int | None:
+        """Bytes that `work` reserves at most; None: out of memory."""
         self._empty()
         torch.cuda.reset_peak_memory_stats(self._device)
         try:
-            self._run(clips)
-        except torch.OutOfMemoryError:
+            work()
+            return torch.cuda.max_memory_reserved(self._device)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
             return None
         finally:
             self._empty()
-        return torch.cuda.max_memory_reserved(self._device)
 
     def _run(self, clips: int) -> None:
-        recipe, data = self._recipe, self._recipe.data
+        recipe = self._recipe
         # From the second micro-batch on, gradients exist beside the activations.
         accumulation = min(2, recipe.train.global_batch // (clips * self._processes))
         step = TrainStep(
             self._model,
             self._optimizer,
-            Precision(
-                recipe.precision,
-                self._device,
-                mean=data.mean,
-                std=data.std,
-                frames_per_segment=recipe.model.frames_per_segment,
-            ),
+            self._precision(),
             accumulation=accumulation,
             clip_norm=recipe.optim.clip_norm,
             seed=recipe.run.seed,
@@ -214,8 +243,38 @@ class StepMemory:
         )
         Rehearsal(step, random_batch(recipe, clips, self._classes, self._device)).run(2)
 
+    def _precision(self) -> Precision:
+        return Precision(
+            self._recipe.precision,
+            self._device,
+            mean=self._recipe.data.mean,
+            std=self._recipe.data.std,
+            frames_per_segment=self._recipe.model.frames_per_segment,
+        )
+
+    @torch.inference_mode()
+    def _evaluate(self, clips: int) -> None:
+        precision = self._precision()
+        batch = random_batch(self._recipe, clips, self._classes, self._device)
+        self._model.eval()
+        try:
+            frames = precision.network_input(batch.clips)
+            with precision.autocast():
+                self._model(frames)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+        finally:
+            self._model.train()
+
     def _empty(self) -> None:
         self._optimizer.sgd.zero_grad(set_to_none=True)
         gc.collect()  # a step and its parts refer to each other
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the memory is too small; cuDNN and cuBLAS say so in words of their own."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        text in str(error) for text in _OUT_OF_MEMORY
+    )

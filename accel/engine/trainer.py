@@ -99,7 +99,7 @@ class Trainer:
             torch.set_num_threads(recipe.run.threads)
         if self.device.type == "cpu":
             keep_freed_memory()
-        limit_memory(recipe, self.device)
+        self._lift_limit = limit_memory(recipe, self.device)
         set_deterministic(recipe.run.deterministic)
         self.precision = Precision(
             recipe.precision,
@@ -144,9 +144,10 @@ class Trainer:
         return min(planned, self.recipe.train.max_steps or planned)
 
     def close(self) -> None:
-        """Stop the loaders and give the folder back."""
+        """Stop the loaders, give the folder back and lift the limit of memory."""
         for loader in self._loaders:
             loader.close()
+        self._lift_limit()
         self.folder.release()
 
     def fit(self) -> dict[str, Any]:

@@ -1,14 +1,22 @@
 """The batch-size finder, with a measure of its own in place of a GPU's memory."""
 
 import logging
+import types
 
 import pytest
 import torch
 
-from accel.engine import fit_memory, trainer
+from accel.engine import distributed, fit_memory, trainer
 from accel.engine.config import load_recipe, split_overrides
 from accel.engine.distributed import World
-from accel.engine.fit_memory import StepMemory, cap_bytes, fit_micro_batch, largest_that_fits, sizes
+from accel.engine.fit_memory import (
+    StepMemory,
+    cap_bytes,
+    fit_micro_batch,
+    largest_that_fits,
+    limit_memory,
+    sizes,
+)
 from accel.engine.trainer import Trainer
 from accel.errors import ConfigError
 
@@ -95,7 +103,7 @@ def test_a_run_keeps_what_it_found(tiny_recipe, tmp_path, monkeypatch, steps_of)
             return clips * 4 * 10**9
 
     monkeypatch.setattr(trainer, "StepMemory", Memory)
-    monkeypatch.setattr(trainer, "limit_memory", lambda *_: None)
+    monkeypatch.setattr(trainer, "limit_memory", lambda *_: lambda: None)
     fit = {"run.fit_memory": "11GB", "checkpoint.every_steps": "2", "checkpoint.keep_last": "9"}
 
     def train(folder, overrides, **options):
@@ -126,15 +134,114 @@ def test_the_measured_steps_are_real_ones(tiny_recipe, monkeypatch):
     memory._run(2)
     assert not torch.equal(memory._model.trunk.conv1.weight, before)
     assert any(buffer.any() for buffer in memory._optimizer.state_dict().values())
-    peak = 123
-    calls = []
-    for name in ("empty_cache", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: calls.append(name))
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: peak)
-    assert memory(4) == peak and calls[0] == "reset_peak_memory_stats"
 
-    def out_of_memory(self, frames):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(type(memory._model), "forward", out_of_memory)
-    assert memory(4) is None
+class Gpu:
+    """torch.cuda's memory of a GPU, in which a test says what is taken."""
+
+    def __init__(self, patch):
+        self.taken = 0
+        self.fraction = 0.75
+        properties = types.SimpleNamespace(total_memory=22 * 10**9)
+        for name, stand_in in {
+            "empty_cache": lambda: None,
+            "reset_peak_memory_stats": self._reset,
+            "max_memory_reserved": lambda _: self.taken,
+            "get_device_properties": lambda _: properties,
+            "get_per_process_memory_fraction": lambda _: self.fraction,
+            "set_per_process_memory_fraction": self._limit,
+        }.items():
+            patch.setattr(torch.cuda, name, stand_in)
+
+    def _reset(self, _):
+        self.taken = 0
+
+    def _limit(self, fraction, _):
+        self.fraction = fraction
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    return Gpu(monkeypatch)
+
+
+@pytest.fixture
+def memory(tiny_recipe, gpu, monkeypatch):
+    """Makes measures whose forwards take 100 per clip to train, 10 per clip to evaluate."""
+
+    def make(overrides, processes=1):
+        made = StepMemory(load_recipe(tiny_recipe, overrides), 8, CPU, processes)
+        forward = type(made._model).forward
+
+        def counted(self, frames):
+            each = 100 if self.training else 10
+            gpu.taken = max(gpu.taken, each * len(frames) // made._recipe.sampling.num_segments)
+            return forward(self, frames)
+
+        monkeypatch.setattr(type(made._model), "forward", counted)
+        return made
+
+    return make
+
+
+def test_what_is_kept_beside_the_activations_is_added(memory):
+    small = {"model.stages": "1"}
+    assert memory({**small})(2) == 200
+    assert memory({**small, "test.batch": "30"})(2) == 300
+    assert memory({**small, "train.execution": "graph"})(2) == 220
+    own = memory({**small, "train.execution": "auto"}, processes=2)
+    assert own(2) == 220 + 4 * sum(p.numel() for p in own._model.parameters())
+    assert own._model.training
+
+
+def test_the_words_of_every_library_for_too_little_memory(memory, monkeypatch):
+    own = memory({"model.stages": "1"})
+    forward, now = type(own._model).forward, types.SimpleNamespace()
+
+    def fails(self, frames):
+        if self.training == now.training:
+            now.raised = True
+            raise now.error
+        return forward(self, frames)
+
+    monkeypatch.setattr(type(own._model), "forward", fails)
+    for now.error, now.training in [
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("Unable to find an engine to execute this computation"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), False),
+    ]:
+        now.raised = False
+        assert own(2) is None and now.raised and own._model.training
+
+
+def test_other_errors_are_no_matter_of_memory(memory, monkeypatch):
+    def fails(self, frames):
+        raise RuntimeError("shapes do not fit")
+
+    own = memory({"model.stages": "1"})
+    monkeypatch.setattr(type(own._model), "forward", fails)
+    with pytest.raises(RuntimeError, match="do not fit"):
+        own(2)
+
+
+def test_the_rank_with_the_least_memory_decides(monkeypatch):
+    def gathered(numbers, mine):
+        numbers[:] = [mine, 10 * 10**9]
+
+    monkeypatch.setattr(distributed.dist, "all_gather_object", gathered)
+    monkeypatch.setattr(World, "share", lambda self, message: message)
+    recipe = load_recipe("demo_motion8", {"train.global_batch": "96", "train.micro_batch": "4"})
+    fitted = fit_micro_batch(recipe, World(size=2), 99 * 10**9, _gigabytes)
+    assert fitted.train.micro_batch == 16  # 9.0 of 10 GB
+
+
+def test_the_limit_ends_with_its_run(gpu):
+    device = torch.device("cuda", 0)
+    lift = limit_memory(load_recipe("demo_motion8", {"run.fit_memory": "11GB"}), device)
+    assert gpu.fraction == 0.5
+    lift()
+    assert gpu.fraction == 0.75
+    limit_memory(load_recipe("demo_motion8", {"run.fit_memory": "card"}), device)()
+    assert gpu.fraction == 0.75
