@@ -169,7 +169,7 @@ SECTIONS = (
     # A replayed step is the eager one, to the last input and rate; needs nothing beside pytest.
     Section(
         "tests_graphs",
-        (*_TESTS, "tests/engine/test_graphs.py", "tests/engine/test_graphs_on_gpu.py"),
+        (*_TESTS, "tests/engine/test_graphs_on_gpu.py", "tests/engine/test_step_benchmark.py"),
         limit_s=180,
         modules=("pytest",),
         operators="auto",

@@ -341,7 +341,9 @@ def test_graphs_are_tested_with_nothing_but_pytest(check, tmp_path):
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
     )
-    assert answer.returncode == 0 and "test_on_a_gpu" in answer.stdout, answer.stdout
+    assert answer.returncode == 0, answer.stdout
+    for name in ("test_graphs_on_gpu", "test_step_benchmark"):
+        assert f"{name}.py::test_on_a_gpu" in answer.stdout, answer.stdout
 
 
 @pytest.mark.slow
