@@ -240,6 +240,7 @@ class Loader:
             self._state.decoder = GroupDecoder(build, self.quarantine)
         length = max(1, math.ceil(self._config.prefetch / self._group))
         decoder = self._state.decoder
+        decoder.unread.clear()  # each evaluation tries them again
         run = Prefetcher(self._decode(decoder, epoch, start), length, decoder.in_flight)
         self._state.run = run
         return self._iterate(run)
@@ -251,11 +252,14 @@ class Loader:
     def samples(self, epoch: int, index: int) -> list[Sample]:
         """What micro-batch `index` of an epoch of this rank is made of; decodes nothing.
 
-        Validation: without the videos in the quarantine.
+        Validation: without the videos that the index could not take, or that could not be read in
+        this epoch. What an earlier one could not read is tried again: storage may have come back.
         """
         positions = self._positions(index)
         if self._split == "val":
-            positions = [position for position in positions if position not in self.quarantine]
+            unread = self._state.decoder.unread if self._state.decoder is not None else set()
+            problems = self._source.infos.problems
+            positions = [k for k in positions if k not in unread and k not in problems]
         return [self._source.sample(epoch, position) for position in positions]
 
     def _positions(self, index: int) -> Sequence[int]:

@@ -61,6 +61,8 @@ class GroupDecoder:
     def __init__(self, build: Callable[[], Decoder], quarantine: Quarantine) -> None:
         self._build = build
         self._quarantine = quarantine
+        self.unread: set[int] = set()
+        """Ids of samples that could not be read, until somebody empties it."""
         self._decoder = build()
         self._submitted: list[Submitted] = []
 
@@ -97,6 +99,7 @@ class GroupDecoder:
                 unreadable, failed = self._examine(submitted, thorough=failures > 0)
             failures += 1
             if unreadable:
+                self.unread.update(sample_id for sample_id, _ in unreadable)
                 self._quarantine.add_all(unreadable)
                 failures = 0
             elif failures > MAX_REBUILDS:

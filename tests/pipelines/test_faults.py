@@ -184,6 +184,7 @@ def test_evaluation_replaces_nothing_and_names_what_is_missing(
     dataset.val[3].path.write_bytes(b"x" * 100)  # known when the index is made
     loader = open_loader(dataset, "val", decoder=decoder)
     dataset.val[8].path.unlink()  # found while reading
+    content = dataset.val[9].path.read_bytes()
     dataset.val[9].path.unlink()
     for _ in range(2):
         batches = list(loader.epoch(0))
@@ -194,6 +195,10 @@ def test_evaluation_replaces_nothing_and_names_what_is_missing(
         assert [got[k] for k in (0, 2, 3, 5)] == [expected[k] for k in (0, 2, 3, 5)]
     reasons = {e.sample_id: e.reason for e in loader.quarantine.entries}
     assert reasons.keys() == {3, 8, 9} and "cannot open it" in reasons[3]
+    dataset.val[9].path.write_bytes(content)  # there again: counted by the next evaluation
+    batches = list(loader.epoch(0))
+    assert batches[4].missing == (8,)
+    assert facts(batches)[4] == tuple(values[1:] for values in expected[4])
     loader.close()
     healthy.close()
 
