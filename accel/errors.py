@@ -1,6 +1,8 @@
 """Errors that users see as one sentence, and the exit code each ends the process with."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 class AccelError(Exception):
@@ -32,6 +34,15 @@ class CheckpointError(AccelError):
 
 
 class DivergedError(AccelError):
-    """A non-finite loss or gradient in training, or scores of a network that are not finite."""
+    """A non-finite loss or gradient in training, or scores of a network that are not finite.
+
+    Args:
+        message: one sentence.
+        facts: of a training step, for a file that helps to find the cause; plain data.
+    """
 
     exit_code = 4
+
+    def __init__(self, message: str, facts: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.facts = facts

@@ -262,6 +262,11 @@ class Loader:
             positions = [k for k in positions if k not in unread and k not in problems]
         return [self._source.sample(epoch, position) for position in positions]
 
+    def videos_of_step(self, epoch: int, step: int) -> list[str]:
+        """The training videos of an optimizer step on all ranks."""
+        places = range(step * self._global_batch, (step + 1) * self._global_batch)
+        return [str(self._source.sample(epoch, place).path) for place in places]
+
     def _positions(self, index: int) -> Sequence[int]:
         if self._split == "train":
             return train_positions(

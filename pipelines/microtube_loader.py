@@ -152,6 +152,12 @@ class MicrotubeLoader:
             for future in waiting:
                 future.cancel()
 
+    def videos_of_step(self, epoch: int, step: int) -> list[str]:
+        """The videos of the micro-tubes of an optimizer step on all ranks."""
+        size = self._share["global_batch"]
+        ids = epoch_order(len(self._items), self._seed, epoch)[step * size : (step + 1) * size]
+        return [self._data.videos[self._items[i].video].name for i in ids.tolist()]
+
     def _on_device(self, batch: MicrotubeBatch) -> MicrotubeBatch:
         if self._device.type == "cpu":
             return batch

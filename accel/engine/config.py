@@ -53,6 +53,7 @@ HARMLESS_KEYS = frozenset(
         "data.root",
         "data.cache_dir",
         "data.max_bad_fraction",
+        "train.skip_nonfinite",
         "train.max_steps",
         "train.checkpoint_activations",
         "run.device",

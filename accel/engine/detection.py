@@ -145,6 +145,7 @@ class DetectionTrainer(Trainer):
             seed=recipe.run.seed,
             world=self.world,
             ranges=self.ranges,
+            skips=recipe.train.skip_nonfinite > 0,
             priors=priors.to(self.device),
             pixel_scale=config.pixel_scale,
         )

@@ -3,7 +3,7 @@
 import collections
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,11 +32,15 @@ class StepRecorder:
         scaler: torch.amp.GradScaler,
         *,
         clips_per_step: float,
+        skip_nonfinite: int = 0,
+        groups: Sequence[str] = (),
     ) -> None:
         self._journal = journal
         self._progress = progress
         self._scaler = scaler
         self._clips_per_step = clips_per_step
+        self._most_skipped = MAX_SKIPPED_IN_A_ROW - 1 if scaler.is_enabled() else skip_nonfinite
+        self._groups = groups
         self._pending: collections.deque[tuple[dict[str, Any], Readback]] = collections.deque()
         self.stop_asked = False
         """Whether any rank had a stop signal at the start of a step flushed so far."""
@@ -45,7 +49,7 @@ class StepRecorder:
         self._wait_s: list[float] = []
 
     def add(self, facts: dict[str, Any], metrics: Tensor, *, step_s: float, wait_s: float) -> None:
-        """Take the facts and the device-side metrics of a step, [4] as `TrainStep` gives them.
+        """Take the facts and the device-side metrics of a step, [4 + G] as `TrainStep` gives them.
 
         Args:
             facts: at least `iteration` and `epoch` (both 0-based) and `lr`.
@@ -65,17 +69,20 @@ class StepRecorder:
         """Write all steps added so far.
 
         Raises:
-            DivergedError: fp32, tf32, bf16: a loss or gradient was not finite (the update was
-                skipped). fp16: too many skipped steps in a row, or the loss scale collapsed.
+            DivergedError: too many steps in a row without a finite gradient (their updates were
+                skipped), a loss that is not finite with gradients that are, or, in fp16, a loss
+                that is not finite or a collapsed loss scale.
         """
         while self._pending:
             facts, metrics = self._pending.popleft()
-            loss, norm, skipped, stops = metrics.values()
+            loss, norm, skipped, stops, *norms = metrics.values()
             self.stop_asked |= stops > 0
-            self._check_finite(facts["iteration"], loss, norm, bool(skipped))
+            self._check_finite(facts, loss, norm, bool(skipped), norms)
             if self._journal is None:
                 continue
-            self._journal.step(**facts, loss=loss, grad_norm=_finite(norm), skipped=bool(skipped))
+            self._journal.step(
+                **facts, loss=_finite(loss), grad_norm=_finite(norm), skipped=bool(skipped)
+            )
             recent = self._step_s[-_RECENT_STEPS:]
             total = sum(recent)
             self._progress.show(
@@ -87,22 +94,41 @@ class StepRecorder:
                 step_s=total / len(recent),
             )
 
-    def _check_finite(self, iteration: int, loss: float, norm: float, skipped: bool) -> None:
-        finite_loss = math.isfinite(loss)
+    def _check_finite(
+        self,
+        facts: Mapping[str, Any],
+        loss: float,
+        norm: float,
+        skipped: bool,
+        norms: Sequence[float],
+    ) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
-        if not skipped and finite_loss:
+        if not skipped and math.isfinite(loss):
             return
+        in_fp16 = self._scaler.is_enabled()
+        scale = self._scaler.get_scale()
         reason = f"loss {loss:g}, gradient norm {norm:g}"
-        if (
-            self._scaler.is_enabled() and finite_loss
-        ):  # fp16: the scaler may skip and lower its scale
-            scale = self._scaler.get_scale()
-            if self._skipped_in_a_row < MAX_SKIPPED_IN_A_ROW and scale >= MIN_LOSS_SCALE:
+        if skipped and (math.isfinite(loss) or not in_fp16):
+            within = self._skipped_in_a_row <= self._most_skipped
+            if within and (not in_fp16 or scale >= MIN_LOSS_SCALE):
                 return
-            reason = f"{self._skipped_in_a_row} skipped steps in a row, loss scale {scale:g}"
+            if self._most_skipped:
+                reason += f", {self._skipped_in_a_row} skipped steps in a row"
+            if in_fp16:
+                reason += f", loss scale {scale:g}"
         raise DivergedError(
-            f"training diverged at iteration {iteration}: {reason}. The step was not applied; "
-            "lower optim.lr or check the data, then resume from the last checkpoint."
+            f"training diverged at iteration {facts['iteration']}: {reason}. The step was "
+            f"{'not ' if skipped else ''}applied; lower optim.lr or check the data.",
+            {
+                **facts,
+                "loss": str(loss),
+                "gradient_norm": str(norm),
+                "gradient_norms_of_groups": {
+                    name: str(value) for name, value in zip(self._groups, norms, strict=False)
+                },
+                "skipped_in_a_row": self._skipped_in_a_row,
+                "loss_scale": scale if in_fp16 else None,
+            },
         )
 
 

@@ -43,6 +43,9 @@ class TrainConfig:
     checkpoint_activations: Recompute = "none"
     """What is computed again in the backward to save memory: "none", every residual "block", or
     every "stage" of them. Losses, gradients and statistics stay the same."""
+    skip_nonfinite: int = 0
+    """Steps in a row without a finite gradient that are left out, batch-norm statistics included,
+    before the run ends; fp16, where the loss scale makes some, has its own limit (20)."""
     max_steps: int = 0
     """End after so many optimizer steps although the schedule is longer; 0 = the whole schedule."""
 
@@ -51,6 +54,8 @@ class TrainConfig:
             raise ValueError(f"train.micro_batch: must be >= 1, got {self.micro_batch}.")
         if self.global_batch < 1:
             raise ValueError(f"train.global_batch: must be >= 1, got {self.global_batch}.")
+        if self.skip_nonfinite < 0:
+            raise ValueError(f"train.skip_nonfinite: must be >= 0, got {self.skip_nonfinite}.")
         if self.max_steps < 0:
             raise ValueError(
                 f"train.max_steps: must be >= 0 (0 = whole schedule), got {self.max_steps}."
@@ -87,6 +92,7 @@ class TrainStep:
         seed: int,
         world: World,
         ranges: Ranges,
+        skips: bool = False,
     ) -> None:
         self._plain_model = self._model = model
         self._compiled_model: Any = None
@@ -97,9 +103,11 @@ class TrainStep:
         self._seed = seed
         self._world = world
         self.ranges = ranges
-        # Without a loss scaler a skipped step ends the run.
-        self._statistics = StepStatistics(model) if precision.scaler.is_enabled() else None
-        self._results = torch.zeros(3, device=precision.device)  # loss, norm, skipped
+        # Where nothing is skipped, a step without a finite gradient ends the run.
+        skips = skips or precision.scaler.is_enabled()
+        self._statistics = StepStatistics(model) if skips else None
+        # Loss, norm, skipped, norm of each group.
+        self._results = torch.zeros(3 + len(optimizer.groups), device=precision.device)
         self._micro: MicroStep = self._micro_step
         self._way: Execution = "eager"
         self._replay: Replay | None = None
@@ -116,9 +124,10 @@ class TrainStep:
             stop: this process has been asked to stop; the ranks learn of it with the metrics.
 
         Returns:
-            [4] float32 on the device: mean loss over all clips of the step, total gradient norm
+            [4 + G] float32 on the device: mean loss over all clips of the step, total gradient norm
             before clipping, 1 where the update was skipped because that norm is not finite (batch
-            norm statistics are then as before), and the number of processes asked to stop.
+            norm statistics are then as before), the number of processes asked to stop, and the
+            gradient norm of each of the optimizer's G groups.
         """
         with self.ranges("step"):
             return self._run(batches, iteration, stop)
@@ -193,7 +202,7 @@ class TrainStep:
             with self.ranges("all-reduce"):
                 self._world.sum_([totals])
             totals[0] /= self._world.size
-        return torch.stack([totals[0], self._results[1], self._results[2], totals[1]])
+        return torch.cat([totals[:1], self._results[1:3], totals[1:], self._results[3:]])
 
     def _micro_step(self, batch: Batch, first: bool, last: bool) -> None:
         """Everything that the device does for one micro-batch; a CUDA graph can hold it."""
@@ -236,8 +245,15 @@ class TrainStep:
         scaler = self.precision.scaler
         if scaler.is_enabled():
             scaler.unscale_(sgd)
-        parameters = [p for p in self._optimizer.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        parameters, norms = [], []
+        for place, group in enumerate(self._optimizer.groups, start=3):
+            trained = [p for p in group.params.values() if p.grad is not None]
+            if trained:
+                parameters += trained
+                gradients = [p.grad for p in trained if p.grad is not None]
+                norms.append(nn.utils.get_total_norm(gradients))
+                self._results[place].copy_(norms[-1])
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         skipped = (~torch.isfinite(norm)).float()
         if self._clip_norm > 0:
             nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)

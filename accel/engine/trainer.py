@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from accel.engine.state import Counters, check_tensors, check_unchanged, find_ch
 from accel.engine.step import TrainStep, training_loss
 from accel.engine.stop import StopRequested, StopSignals
 from accel.engine.timing import Ranges
-from accel.errors import CheckpointError, ConfigError
+from accel.errors import CheckpointError, ConfigError, DivergedError
 from accel.models import build_model
 from accel.models.norm import synchronize
 from accel.models.recompute import recompute_activations
@@ -172,6 +172,8 @@ class Trainer:
             progress,
             self.precision.scaler,
             clips_per_step=self.recipe.train.global_batch / self.world.size,
+            skip_nonfinite=self.recipe.train.skip_nonfinite,
+            groups=[group.name for group in self.optimizer.groups],
         )
         self._failed_saves = 0
         self._started = time.monotonic() - self.counters.wall_s
@@ -184,6 +186,8 @@ class Trainer:
                     if lost := self.world.explain(error):
                         raise lost from error
                     raise
+        except DivergedError as error:
+            raise DivergedError(f"{error} {self._after_divergence(error.facts)}") from error
         except DataError:
             # Nothing is lost, unless half a step has already moved the batch-norm statistics.
             if self.world.size == 1 and not self.step.underway:
@@ -195,6 +199,17 @@ class Trainer:
             if journal is not None:
                 journal.close()
         return self._finish() if self.world.is_main else {}
+
+    def _after_divergence(self, facts: Mapping[str, Any] | None) -> str:
+        """Write down what helps to find the cause; a sentence on how to go on."""
+        entries = self.store.entries()
+        last = str(self.store.folder / entries[-1].name) if entries else "none yet"
+        if facts is not None and self.world.is_main:
+            step = facts["iteration"] % self.train_loader.steps_per_epoch
+            videos = self.train_loader.videos_of_step(facts["epoch"], step)
+            self.folder.write_json("diverged.json", {**facts, "videos": videos})
+            return f"Last checkpoint: {last}; diverged.json has the step's videos and gradients."
+        return f"Last checkpoint: {last}."
 
     def rehearse(self, batch: Any) -> dict[str, list[int]]:
         """One forward and backward of a micro-batch, finished on the device; shapes by name.
@@ -441,6 +456,7 @@ class Trainer:
             seed=recipe.run.seed,
             world=self.world,
             ranges=self.ranges,
+            skips=recipe.train.skip_nonfinite > 0,
         )
 
     def _fitted(self, found: tuple[Path, dict[str, Any]] | None) -> Recipe:

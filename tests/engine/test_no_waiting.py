@@ -31,7 +31,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WAITS = {"item", "tolist", "cpu", "numpy", "synchronize", "nonzero", "is_nonzero", "equal"}
 
 
-def _train_step(mode="fp32", model=None, accumulation=1, frames_per_segment=1, **options):
+def _train_step(
+    mode="fp32", model=None, accumulation=1, frames_per_segment=1, skips=False, **options
+):
     seed_everything(0, "model")
     if model is None:
         model = build_model("tanet", num_classes=3, num_segments=2, depth=18, width=8, stages=2)
@@ -45,6 +47,7 @@ def _train_step(mode="fp32", model=None, accumulation=1, frames_per_segment=1, *
         seed=0,
         world=World(),
         ranges=Ranges("off"),
+        skips=skips,
     )
 
 
@@ -144,6 +147,21 @@ def test_a_skipped_step_changes_nothing_at_all():
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert train_step.precision.scaler.get_scale() == 2.0**126
+
+
+def test_a_step_skipped_without_a_loss_scale_changes_nothing_either():
+    model, train_step = _train_step(skips=True)
+    name_of_weight, weight = list(model.named_parameters())[-1]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    hook = weight.register_hook(lambda gradient: gradient * float("nan"))
+    metrics = train_step(_batches(1), 0)
+    assert metrics[2] == 1 and not torch.isfinite(metrics[4:]).all()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    hook.remove()
+    metrics = train_step(_batches(1), 1)
+    assert metrics[2] == 0 and torch.isfinite(metrics).all()
+    assert not torch.equal(weight, before[name_of_weight])
 
 
 def test_an_applied_step_moves_the_statistics_as_without_the_guard():

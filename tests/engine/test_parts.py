@@ -274,6 +274,27 @@ def test_a_non_finite_step_ends_the_run(metrics):
         recorder.flush()
 
 
+def test_steps_without_a_finite_gradient_may_be_left_out():
+    scaler = _precision("fp32").scaler
+    progress = Progress(9, 1.0, _Terminal(False))
+    options = {"clips_per_step": 4, "skip_nonfinite": 2, "groups": ["first", "second"]}
+    recorder = StepRecorder(None, progress, scaler, **options)
+    bad, good = [float("nan"), float("inf"), 1, 0, 3, float("inf")], [1, 1, 0, 0, 1, 1]
+    for iteration, metrics in enumerate([bad, bad, good, bad, bad]):
+        recorder.add(_facts(iteration), torch.tensor(metrics), step_s=1, wait_s=0)
+    recorder.flush()
+    recorder.add(_facts(5), torch.tensor(bad), step_s=1, wait_s=0)
+    with pytest.raises(
+        DivergedError, match=r"3 skipped steps in a row\. The step was not applied"
+    ) as e:
+        recorder.flush()
+    assert e.value.facts["gradient_norms_of_groups"] == {"first": "3.0", "second": "inf"}
+    applied = StepRecorder(None, progress, scaler, **options)
+    applied.add(_facts(0), torch.tensor([float("inf"), 1, 0, 0]), step_s=1, wait_s=0)
+    with pytest.raises(DivergedError, match="The step was applied"):
+        applied.flush()
+
+
 def test_fp16_may_skip_but_not_for_ever():
     recorder = _recorder("fp16")
     for iteration in range(MAX_SKIPPED_IN_A_ROW - 1):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -281,8 +282,12 @@ def test_a_folder_in_use_is_refused_and_untouched(tiny_recipe, tmp_path):
 def test_divergence_stops_before_anything_non_finite_is_saved(tiny_recipe, tmp_path):
     out = tmp_path / "run"
     overrides = {"optim.lr": "1e30", "optim.clip_norm": "0", "schedule.kind": "constant"}
-    with pytest.raises(DivergedError, match="diverged at iteration"):
+    with pytest.raises(DivergedError, match=r"diverged at iteration.*Last checkpoint: "):
         _fit(tiny_recipe, out, {**overrides, **KEEP_ALL})
+    found = json.loads((out / "diverged.json").read_text())
+    assert set(found["gradient_norms_of_groups"].values()) & {"nan", "inf"}
+    assert len(found["videos"]) == load_recipe(tiny_recipe).train.global_batch
+    assert all(Path(video).exists() for video in found["videos"])
     loaded = CheckpointStore(out / "checkpoints").load_latest()
     if loaded is not None:
         assert all(torch.isfinite(t.double()).all() for t in loaded[1]["model"].values())
