@@ -252,8 +252,18 @@ def prepare_main(argv: Sequence[str]) -> int:
     print(f"size        {before_mb:.1f} MB before, {after_mb:.1f} MB after")
     before, after = report.clips_per_s_before, report.clips_per_s_after
     print(f"decoding    {before:.1f} clips/s before, {after:.1f} after (8 frames, one thread)")
-    print(f"now         --data.root {out}")
-    return 3 if report.failed else 0
+    if not report.failed:
+        print(f"now         --data.root {out}")
+        return 0
+    for path, videos in sets:
+        lacking = sum(record.name in report.failed for record in videos)
+        if lacking:
+            print(
+                f"{path.name}: {lacking} of {len(videos)} videos are missing in the copy: "
+                "results would not be comparable"
+            )
+    print("incomplete  mend or replace the originals named above, then run this again")
+    return 3
 
 
 def flow_main(argv: Sequence[str]) -> int:

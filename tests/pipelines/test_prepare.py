@@ -35,12 +35,15 @@ def test_copies_have_the_same_frames(
     names = ["a/vfr.mkv", "b.webm", "wide.mp4", "broken.mp4", "b.webm"]
     text = "".join(f"{name} {k}\n" for k, name in enumerate(names))
     (tmp_path / "in" / "train.txt").write_text(text)
+    (tmp_path / "in" / "val.txt").write_text("b.webm 1\n")
     out = tmp_path / "out"
-    options = ["--root", str(tmp_path / "in"), "--list", "train.txt", "--out", str(out)]
+    options = ["--root", str(tmp_path / "in"), "--list", "train.txt", "val.txt", "--out", str(out)]
     options += ["--short-side", "64", "--gop", "8", "--codec", codec, "--threads", "2"]
     assert main(["data", "prepare", *options]) == 3
     output = capsys.readouterr().out
     assert "not copied: broken.mp4" in output and "3 copies written, 0 kept, 1 failed" in output
+    assert "train.txt: 1 of 5 videos are missing in the copy: results would not" in output
+    assert "val.txt:" not in output and "--data.root" not in output
 
     copies = read_list(out / "train.txt", root=out)
     assert [record.label for record in copies] == [0, 1, 2, 4]
@@ -62,8 +65,13 @@ def test_copies_have_the_same_frames(
     make_video("in/broken.mp4", codec="libx264", num_frames=9)
     (out / "left.part-.mp4").touch()
     assert main(["data", "prepare", *options]) == 0
-    assert "1 copies written, 3 kept, 0 failed" in capsys.readouterr().out
-    assert copies[0].path.stat().st_mtime_ns == stamp and not list(out.rglob("*.part-*"))
+    output = capsys.readouterr().out
+    assert "1 copies written, 3 kept, 0 failed" in output and f"--data.root {out}" in output
+    assert (
+        "missing" not in output
+        and copies[0].path.stat().st_mtime_ns == stamp
+        and not list(out.rglob("*.part-*"))
+    )
     make_video("in/b.webm", num_frames=1, video=7)  # another video, older than the copy
     os.utime(tmp_path / "in/b.webm", (1e9, 1e9))
     with file_lock(out / ".prepare.lock"):
