@@ -34,6 +34,9 @@ class Finding:
     fatal: bool
     """Whether training must not use the video; else it is only worth knowing."""
 
+    shard: Path | None = None
+    """The shard that is at fault as a whole; the video itself may be sound."""
+
 
 def audit(
     videos: VideoSet,
@@ -67,7 +70,9 @@ def audit(
                 return [Finding(record, text, False) for text in _images(record, info, decode)]
             return list(_file(record, info, decode))
         except MediaError as error:
-            return [Finding(record, error.problem, True)]
+            packed = packed_name(record.path)
+            shard = packed[0] if packed is not None and error.path == packed[0] else None
+            return [Finding(record, error.problem, True, shard)]
 
     unique = list({record.name: record for record in videos}.values())
     with ThreadPoolExecutor(threads, thread_name_prefix="accel-audit") as pool:
@@ -154,10 +159,11 @@ def _images(record: VideoRecord, info: MediaInfo, decode: bool) -> Iterator[str]
 
 
 def format_deny_list(findings: Iterable[Finding]) -> str:
-    """One `<path><tab><reason>` per video that must not be used."""
+    """One `<path><tab><reason>` per video that must not be used; none for those of a faulty shard,
+    which is made anew."""
     reasons: dict[str, str] = {}
     for finding in findings:
-        if finding.fatal:
+        if finding.fatal and finding.shard is None:
             reasons.setdefault(finding.record.name, " ".join(finding.reason.split()))
     return "".join(f"{name}\t{reason}\n" for name, reason in reasons.items())
 

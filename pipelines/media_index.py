@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
@@ -168,7 +169,7 @@ def index_videos(
 
     Raises:
         MediaError: one file cannot be used.
-        DataError: several cannot; the message counts them and names the first three.
+        DataError: several cannot; the message counts them and names the first three reasons.
     """
     name = hashlib.sha256(f"{videos.digest} {frame_name}".encode()).hexdigest()
     cache_path = cache_dir / "media" / f"{name}.index"
@@ -315,8 +316,12 @@ def _raise_failures(failures: list[MediaError], total: int) -> None:
     if len(failures) == 1:
         raise failures[0]
     if failures:
-        named = " | ".join(str(failure) for failure in failures[:3])
-        more = " | ..." if len(failures) > 3 else ""
+        counts = Counter(str(failure) for failure in failures)  # all of a faulty shard say the same
+        named = " | ".join(
+            f"{reason} ({count} videos)" if count > 1 else reason
+            for reason, count in list(counts.items())[:3]
+        )
+        more = " | ..." if len(counts) > 3 else ""
         raise DataError(f"{len(failures)} of {total} videos cannot be used: {named}{more}")
 
 

@@ -118,6 +118,7 @@ def check_main(argv: Sequence[str]) -> int:
         return _check_tubes(options)
     threads = options.threads or LoaderConfig().resolved_threads()
     findings: list[Finding] = []
+    faulty_shards: dict[str, set[str]] = {}  # what is wrong -> its videos
     checked = 0
     for path, videos in _read_set(options):
         checked += len(videos)
@@ -128,16 +129,23 @@ def check_main(argv: Sequence[str]) -> int:
             videos, threads=threads, frame_name=options.frame_name, decode=not options.quick
         ):
             findings.append(finding)
+            if finding.shard is not None:
+                names = faulty_shards.setdefault(f"{finding.shard}: {finding.reason}", set())
+                names.add(finding.record.name)
+                continue
             print(f"{'bad ' if finding.fatal else 'note'} {finding.record.name}: {finding.reason}")
     denied = format_deny_list(findings)
-    count = denied.count("\n")
+    for reason, names in faulty_shards.items():
+        print(f"bad  {reason} ({len(names)} videos)")
+    count = denied.count("\n") + sum(map(len, faulty_shards.values()))
     print(f"{checked} lines checked, {count} videos cannot be used")
-    if not count:
-        return 0
-    out = Path(options.root).expanduser() / options.out
-    replace_bytes(out, [denied.encode()])
-    print(f"deny-list: {out} (--data.deny_list)")
-    return 3
+    if faulty_shards:
+        print("videos of a faulty shard are not denied: mend the shard, then check again")
+    if denied:
+        out = Path(options.root).expanduser() / options.out
+        replace_bytes(out, [denied.encode()])
+        print(f"deny-list: {out} (--data.deny_list)")
+    return 3 if count else 0
 
 
 def _check_tubes(options: argparse.Namespace) -> int:

@@ -184,9 +184,14 @@ def test_a_faulty_shard_is_named_in_one_sentence(
     damage(out / "00000.shard")
     monkeypatch.setenv("ACCEL_CACHE", str(tmp_path / "cache"))
     capsys.readouterr()
-    assert main(["data", "stats", "--root", str(out), "--list", "list.txt"]) == 3
-    output = capsys.readouterr()
-    assert part in output.err and "Traceback" not in output.err and "2 of 5 videos" in output.err
+    with pytest.raises(DataError, match=r"2 of 5 videos cannot be used: .* \(2 videos\)$") as error:
+        open_loader(out, "torch")
+    assert str(error.value).count(part) == 1
+    for quick in ([], ["--quick"]):
+        assert main(["data", "check", "--root", str(out), "--list", "list.txt", *quick]) == 3
+        output = capsys.readouterr().out
+        assert output.count(part) == 1 and "(2 videos)\n5 lines checked, 2 videos cannot" in output
+        assert "mend the shard" in output and not (out / "deny.txt").exists()
     # What is there is repaired by the same command.
     assert pack(root, out, "--codec", "copy") == 0
     assert "2 copies written, 3 kept, 0 failed" in capsys.readouterr().out
