@@ -176,24 +176,34 @@ def stats_main(argv: Sequence[str]) -> int:
 
     parser = Parser(
         prog="accel data stats",
-        description="Videos, classes, frames, sizes, codecs of some lists, from the media index.",
+        description="Videos, classes, frames, sizes, codecs of some lists, from the media index. "
+        "Exit code 3 if there are videos that cannot be used; the rest is described.",
     )
     _add_set_options(parser)
     options = parser.parse_args(argv)
     threads = options.threads or LoaderConfig().resolved_threads()
+    bad = 0
     for path, videos in _read_set(options):
         index = index_videos(
             videos,
             cache_dir=DataConfig().resolved_cache_dir(),
             threads=threads,
             frame_name=options.frame_name,
+            tolerated=len(videos),
         )
-        frames = index.num_frames
+        bad += len(index.problems)
         classes = np.bincount(videos.labels)
         used = classes[classes > 0]
         print(path)
         print(f"  videos     {len(videos)}")
         print(f"  classes    {len(used)}, {used.min()} to {used.max()} videos each")
+        if index.problems:
+            example, reason = next(iter(index.problems.items()))
+            total = f"{len(index.problems)} cannot be used and are not counted below"
+            print(f"  bad        {total}, e.g. {videos[example].name}: {reason}")
+        frames = index.num_frames[index.num_frames > 0]
+        if not len(frames):
+            continue
         print(f"  frames     {frames.min()} to {frames.max()}, median {np.median(frames):.0f}")
         sizes = ", ".join(f"{width} x {height}" for width, height in index.sizes[:5])
         more = f" and {len(index.sizes) - 5} more" if len(index.sizes) > 5 else ""
@@ -201,7 +211,14 @@ def stats_main(argv: Sequence[str]) -> int:
         for kind, example in index.kinds:
             name = kind.frame_name or f"{kind.codec} {kind.pixel_format} in {kind.container}"
             print(f"  {'files':10} {name}, e.g. {videos[example].name}")
-    return 0
+    if not bad:
+        return 0
+    command = f"accel data check --root {options.root} --list {' '.join(options.lists)}"
+    print(f"{bad} videos cannot be used; `{command}`")
+    print(
+        "names each and writes a deny-list, with which training leaves them out (--data.deny_list)"
+    )
+    return 3
 
 
 def prepare_main(argv: Sequence[str]) -> int:

@@ -92,6 +92,17 @@ def test_a_good_set_and_its_statistics(
     assert "96 x 64" in output and "vp9 yuv420p in matroska,webm, e.g. 0.webm" in output
     assert main(["data", "stats", "--root", str(tmp_path / "none"), "--list", "x"]) == 2
 
+    (tmp_path / "bad.webm").write_bytes(b"x" * 100)
+    write_list(tmp_path, ["bad.webm", *names])
+    write_list(tmp_path, ["bad.webm"], "bad.txt")
+    capsys.readouterr()
+    assert main(["data", "stats", *options, "bad.txt"]) == 3
+    output = capsys.readouterr().out
+    assert "videos     4" in output and "10 to 12, median 11" in output
+    assert output.count("1 cannot be used and are not counted below, e.g. bad.webm: ") == 2
+    assert "2 videos cannot be used; `accel data check --root" in output
+    assert "list.txt bad.txt`" in output and "--data.deny_list" in output
+
 
 def test_folders_are_checked_frame_by_frame(
     tmp_path: Path, make_frames: Callable[..., Path], capsys: pytest.CaptureFixture[str]

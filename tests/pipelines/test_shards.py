@@ -187,6 +187,9 @@ def test_a_faulty_shard_is_named_in_one_sentence(
     with pytest.raises(DataError, match=r"2 of 5 videos cannot be used: .* \(2 videos\)$") as error:
         open_loader(out, "torch")
     assert str(error.value).count(part) == 1
+    assert main(["data", "stats", "--root", str(out), "--list", "list.txt"]) == 3
+    output = capsys.readouterr()
+    assert part in output.out and "2 cannot be used" in output.out and not output.err
     for quick in ([], ["--quick"]):
         assert main(["data", "check", "--root", str(out), "--list", "list.txt", *quick]) == 3
         output = capsys.readouterr().out
