@@ -278,7 +278,9 @@ def _names(records: Sequence[VideoRecord], encoding: Encoding) -> dict[str, str]
             suffix = listed.suffix
         name = f"{stem}{f'_{record.offset}' if record.offset else ''}{suffix}"
         if owners.setdefault(name, record.name) != record.name:
-            raise DataError(f"'{owners[name]}' and '{record.name}' would both become {name}.")
+            problem = f"'{owners[name]}' and '{record.name}' would both become {name}"
+            kept = "" if encoding.codec == "copy" else ", or keep both names: --codec copy --shards"
+            raise DataError(f"{problem}; rename one, in its list too{kept}.")
         names[record.name] = name
     return names
 

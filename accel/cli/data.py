@@ -263,6 +263,12 @@ def prepare_main(argv: Sequence[str]) -> int:
     if len({path.name for path, _ in sets}) < len(sets):
         raise ConfigError("--list: expected lists of different file names.")
     out = Path(options.out).expanduser().absolute()
+    root = Path(options.root).expanduser()
+    if out.resolve() in {folder.resolve() for folder in (root, *(path.parent for path, _ in sets))}:
+        raise ConfigError(
+            f"--out: expected another folder than --root and those of the lists, got '{out}'; the "
+            "lists there would be overwritten."
+        )
     report = prepare(
         [(path.name, videos) for path, videos in sets],
         out,

@@ -111,4 +111,22 @@ def test_two_names_for_one_copy_are_refused(
     (tmp_path / "list.txt").write_text("a.webm 0\na.mp4 1\n")
     options = ["--root", str(tmp_path), "--list", "list.txt", "--out", str(tmp_path / "out")]
     assert main(["data", "prepare", *options]) == 3
-    assert "would both become" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "would both become a.mp4; rename one, in its list too, or" in error
+    options[-1] = str(tmp_path / "packed")
+    assert main(["data", "prepare", *options, "--codec", "copy", "--shards"]) == 0
+
+
+def test_the_lists_at_hand_are_not_overwritten(
+    tmp_path: Path, make_video: MakeVideo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_video("a.webm", num_frames=2)
+    (tmp_path / "lists").mkdir()
+    for name in ("list.txt", "lists/list.txt"):
+        (tmp_path / name).write_text("a.webm 0\n")
+        out = tmp_path / "lists" / ".." / Path(name).parent
+        options = ["--root", str(tmp_path), "--list", name, "--out", str(out)]
+        assert main(["data", "prepare", *options]) == 2
+        assert "--out: expected another folder than --root" in capsys.readouterr().err
+        assert (tmp_path / name).read_text() == "a.webm 0\n"
+    assert not list(tmp_path.rglob("prepared.json"))
