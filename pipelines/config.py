@@ -316,7 +316,8 @@ class LoaderConfig:
     """"dali": DALI decodes on the CPU (VP8, VP9, MJPEG, folders of frames). "dali_gpu": DALI
     decodes on the GPU (NVDEC, nvJPEG). "pyav": PyAV decodes (every codec of FFmpeg; Pillow for
     folders) and DALI scales where installed. "auto": what can decode every file of the split; with
-    64 videos and more the fastest, measured when a run starts and remembered."""
+    64 videos and more the fastest, measured when a run starts and remembered. An evaluation of a
+    run decodes as the run did."""
 
     threads: int = 0
     """Threads that decode, per process; 0 = the CPU cores of this process divided by the number of

@@ -112,13 +112,16 @@ def dali_installed() -> bool:
         return False
 
 
-def choose_decoder(plan: DecoderPlan, config: LoaderConfig, cache: Path) -> tuple[str, str]:
+def choose_decoder(
+    plan: DecoderPlan, config: LoaderConfig, cache: Path, trained_with: str = ""
+) -> tuple[str, str]:
     """(name, one line that says who decodes and why).
 
     Args:
         plan: what a decoder would be built from.
         config: `decoder` forces one.
         cache: file that remembers measurements.
+        trained_with: the decoder that is taken without a measurement if it can read the set.
 
     Raises:
         MediaError, ValueError: the forced decoder cannot read the set.
@@ -140,6 +143,8 @@ def choose_decoder(plan: DecoderPlan, config: LoaderConfig, cache: Path) -> tupl
             raise MediaError(path, f"{reason}; {advice}.")
         return config.decoder, f"{titles[config.decoder]} (loader.decoder={config.decoder})"
     names = [name for name in ("dali", "dali_gpu", "pyav") if name not in problems]
+    if trained_with in names:
+        return trained_with, f"{titles[trained_with]} (as in training)"
     if names == ["pyav"]:
         return "pyav", f"{titles['pyav']} ({problems['dali'][1]})"
     if len(plan.source) < _FEWEST_VIDEOS:

@@ -26,6 +26,7 @@ from pipelines.recovery import GroupDecoder, Submitted
 from pipelines.source import Sample, SampleSource
 
 __all__ = ["Batch", "Loader", "build_loader"]
+_SCALED_BY = ", scaled by "  # part of `Loader.backend`, which checkpoints hold
 
 
 def build_loader(
@@ -44,6 +45,7 @@ def build_loader(
     views: TestViews | None = None,
     ranges: Callable[[str], AbstractContextManager[object]] = nullcontext,
     quarantine: Quarantine | None = None,
+    trained_with: str = "",
 ) -> "Loader":
     """Check every file of a split and build its loader.
 
@@ -61,6 +63,8 @@ def build_loader(
         views: "val": what is read of every video; None = the one center view.
         ranges: makes the context in which the upload to the device is launched ("upload").
         quarantine: of the split; None = one without a file.
+        trained_with: `Loader.backend` of another run, which decodes and scales here too where that
+            is possible and `loader` forces no other decoder.
 
     Raises:
         DataError: more files cannot be used than `dataset` tolerates, files are too short, or fewer
@@ -114,6 +118,7 @@ def build_loader(
         world_size=world_size,
         device=device or torch.device("cpu"),
         ranges=ranges,
+        trained_with=trained_with,
     )
 
 
@@ -138,6 +143,7 @@ class Loader:
         world_size: int,
         device: torch.device,
         ranges: Callable[[str], AbstractContextManager[object]] = nullcontext,
+        trained_with: str = "",
     ) -> None:
         self._source = source
         self.quarantine = quarantine
@@ -158,17 +164,19 @@ class Loader:
         if source.num_views > 1:  # all views of a video may take 100 MB
             videos = self._threads
         self._group = max(1, math.ceil(videos / micro_batch))
+        earlier, _, scaler = trained_with.partition(_SCALED_BY)
+        torch_scales = scaler == "torch" and loader.decoder in ("auto", earlier)
         self._plan = DecoderPlan(
             source=source,
             antialias=augment.antialias,
             threads=self._threads,
             max_samples=self._group * micro_batch,
             device=device,
-            dali=decoders.dali_installed(),
+            dali=decoders.dali_installed() and not torch_scales,
             counts=DecodeCounts(),
         )
         remembered = source.infos.path.with_suffix(".decoder.json")
-        self._backend, self.description = choose_decoder(self._plan, loader, remembered)
+        self._backend, self.description = choose_decoder(self._plan, loader, remembered, earlier)
         self.description += f", {self._threads} threads"
         self._cut = self._backend != "pyav"  # DALI takes files, PyAV packets
         self._whole_files = source.infos.whole_files(cut=self._cut)
@@ -178,7 +186,7 @@ class Loader:
             total = sum(self._whole_files.values())
             text = f"; {total} of {len(source)} videos are decoded from the start of their file"
             self.description += f"{text} ({named})"
-        self.backend = f"{self._backend}, scaled by {'dali' if self._plan.dali else 'torch'}"
+        self.backend = f"{self._backend}{_SCALED_BY}{'dali' if self._plan.dali else 'torch'}"
         self._state = _State()
         # Also runs at the interpreter's exit, before the threads would be torn down.
         self._finalizer = weakref.finalize(self, self._state.release)

@@ -51,6 +51,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     for report in reports:
         print(_line(f"{report['protocol']} ({report['num_views']} views)", report))
+    for decoder in dict.fromkeys(report["loader"] for report in reports):
+        print(decoder)
     print(f"scores in {target.out / 'scores'}")
     return 0
 

@@ -46,6 +46,7 @@ def open_loader(
     ranges: Ranges,
     views: TestViews | None = None,
     quarantine: Path | None = None,
+    trained_with: str = "",
 ) -> Loader:
     """The loader of a split as the recipe says; in training, flips are checked by class names.
 
@@ -53,6 +54,7 @@ def open_loader(
         micro_batch: videos per batch of this process.
         views: of every video of "val"; None = the one center view.
         quarantine: file of the run that lists unusable videos; None = no file.
+        trained_with: see `build_loader`.
 
     Raises:
         ConfigError: settings that do not fit each other.
@@ -81,6 +83,7 @@ def open_loader(
                 max_bad_fraction=recipe.data.max_bad_fraction,
                 path=quarantine,
             ),
+            trained_with=trained_with,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

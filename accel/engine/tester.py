@@ -44,6 +44,11 @@ class Target:
     out: Path
     """Folder that gets `scores/`."""
 
+    @property
+    def decoder(self) -> str:
+        """Who decoded and scaled the validation videos of the run; "" where nothing says so."""
+        return self.state.get("decoders", ("", ""))[1] if self.state is not None else ""
+
 
 def find_target(
     target: str, *, recipe: str = "", out: str = "", overrides: Mapping[str, str] | None = None
@@ -85,6 +90,8 @@ def find_target(
         )
     else:
         raise ConfigError(f"{path}: published weights need --recipe NAME, which says how to test.")
+    if settings.detection.network != "none":
+        raise ConfigError(f"{path}: is a detector; use: accel tubes {path} --root FOLDER")
     in_run = path.parent.name == "checkpoints"
     folder_out = path.parent.parent if in_run else Path("runs") / f"{path.stem}-evaluation"
     return Target(path, settings, state, Path(out) if out else folder_out)
@@ -129,7 +136,7 @@ def evaluate_protocols(
     for name, wanted in views.items():
         start = time.perf_counter()
         try:
-            values, loader, unusable = _score(model, target, dataset, wanted, device, world)
+            values, facts_of_loader = _score(model, target, dataset, wanted, device, world)
         except RuntimeError as error:
             if lost := world.explain(error):
                 raise lost from error
@@ -150,8 +157,7 @@ def evaluate_protocols(
             **asdict(facts),
             "crop_size": wanted.size,
             "checkpoint": str(target.weights),
-            "loader": loader,
-            "unusable": unusable,
+            **facts_of_loader,
             "wall_s": round(time.perf_counter() - start, 3),
         }
         if world.is_main:
@@ -159,6 +165,8 @@ def evaluate_protocols(
             scores.save(folder / f"{name}.npz")
             write_atomically(folder / f"{name}.json", json.dumps(report, indent=1).encode())
         reports.append(report)
+    if world.is_main:
+        _compare_decoders(target, [report["decoder"] for report in reports])
     return reports
 
 
@@ -169,7 +177,7 @@ def _score(
     views: TestViews,
     device: torch.device,
     world: World,
-) -> tuple[Tensor, str, list[dict[str, Any]]]:
+) -> tuple[Tensor, dict[str, Any]]:
     """Scores of all validation videos, [N, K], who decoded them, and which could not be read."""
     recipe = target.recipe
     precision = Precision(
@@ -190,6 +198,7 @@ def _score(
         device=device,
         ranges=ranges,
         views=views,
+        trained_with=target.decoder,
     )
     try:
         values, read = evaluate_views(
@@ -215,7 +224,24 @@ def _score(
             f"{len(values)} videos, the first is {dataset.val[odd[0]].path}: it diverged, "
             f"or {recipe.precision.mode} overflows (--precision.mode fp32 tells)."
         )
-    return values, loader.description, quarantine.summary()
+    return values, {
+        "loader": loader.description,
+        "decoder": loader.backend,
+        "unusable": quarantine.summary(),
+    }
+
+
+def _compare_decoders(target: Target, used: Sequence[str]) -> None:
+    """Warn of scores that another decoder than that of the run may have changed, unless asked."""
+    trained = target.decoder
+    other = next((decoder for decoder in used if decoder != trained), trained)
+    asked = target.recipe.loader.decoder not in ("auto", trained.split(",")[0])
+    if trained and other != trained and not asked:
+        logger.warning(
+            "%s: in training, %r decoded the validation videos; that is not possible here, "
+            "where %r does: scores may differ a little.",
+            *(target.weights, trained, other),
+        )
 
 
 def _load_model(target: Target, dataset: Dataset) -> ClipNetwork:

@@ -46,6 +46,37 @@ def test_one_center_view_is_the_validation_of_the_run(run, tmp_path):
     assert stored == {**report, "protocols": ["1x1"]}
 
 
+@pytest.mark.needs_dali_video
+def test_the_decoder_of_the_run_decodes_again(run, tiny_recipe, tmp_path, caplog, capsys):
+    by_default = "dali, scaled by dali"  # of this set, were nothing said
+    assert find_target(str(run)).decoder == by_default
+    out = tmp_path / "pyav"
+    overrides = {"train.max_steps": "1", "loader.decoder": "pyav"}
+    trainer = Trainer(configs.load_recipe(tiny_recipe, overrides), out)
+    trainer.fit()
+    trainer.close()
+    auto = {"loader.decoder": "auto"}
+    (report,) = evaluate_protocols(find_target(str(out), overrides=auto), ["1x1"])
+    assert report["decoder"] == "pyav, scaled by dali"
+    assert report["top1"] == json.loads((out / "summary.json").read_text())["val_top1"]
+
+    def decoder_of(stored, forced="auto"):
+        target = find_target(str(out), overrides={"loader.decoder": forced})
+        target.state["decoders"] = [by_default, stored]
+        return evaluate_protocols(target, ["1x1", "1x3"])[1]["decoder"]
+
+    assert decoder_of("pyav, scaled by torch") == "pyav, scaled by torch"
+    assert decoder_of("pyav, scaled by torch", "dali") == by_default
+    assert not caplog.records
+    assert decoder_of("dali_gpu, scaled by dali") == by_default
+    (record,) = caplog.records
+    assert all(repr(name) in record.message for name in ("dali_gpu, scaled by dali", by_default))
+
+    capsys.readouterr()
+    assert main(["evaluate", str(out), "--protocol", "1x1", "--loader.decoder", "auto"]) == 0
+    assert "PyAV decodes, DALI scales (as in training)" in capsys.readouterr().out
+
+
 def test_scores_are_the_mean_over_all_clips_and_crops(run, tmp_path):
     overrides = {"test.average": "logits", "augment.resize": "40", "loader.decoder": "pyav"}
     target = find_target(str(run), out=str(tmp_path), overrides=overrides)
@@ -134,6 +165,8 @@ def test_other_classes_or_weights_are_refused(run, tmp_path, tiny_root):
         evaluate_protocols(find_target(str(run), overrides=overrides), ["1x1"])
     with pytest.raises(ConfigError, match="holds no checkpoint"):
         find_target(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"is a detector; use: accel tubes .* --root FOLDER"):
+        find_target(str(run), overrides={"detection.network": "amtnet"})
     with pytest.raises(CheckpointError, match="does not fit the recipe"):
         evaluate_protocols(find_target(str(run), overrides={"model.width": "12"}), ["1x1"])
     with pytest.raises(ConfigError, match=r"--protocol: must be clips x crops"):
