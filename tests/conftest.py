@@ -1,8 +1,10 @@
 """Markers and the one skip rule, tolerances by dtype, and tiny synthetic media."""
 
 import importlib.util
+import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,18 @@ _NEEDS = {
     ),
     "needs_extension": ("extension", _extension_available, "kernels._C is not built"),
 }
+
+
+@pytest.fixture(autouse=True)
+def _logging_ends_with_the_test() -> Iterator[None]:
+    """A command that a test runs in this process logs to the stderr of that test alone."""
+    loggers = [logging.getLogger(name) for name in (None, "accel", "pipelines", "kernels")]
+    levels = [logger.level for logger in loggers]
+    yield
+    root = loggers[0]
+    root.handlers[:] = [h for h in root.handlers if type(h) is not logging.StreamHandler]
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
