@@ -31,7 +31,7 @@ class Launcher:
     def __init__(self, recipe: Recipe, device: torch.device, world: World, accumulation: int):
         self._wanted = recipe.train.execution
         self._obstacles = {way: obstacle(way, recipe, device, world, accumulation) for way in WAYS}
-        self._main = world.is_main
+        self._device = device
         way: Execution = "graph" if self._wanted == "auto" else self._wanted
         graphs = "graph" in way and self._obstacles[way] is None
         self.graphs: Graphs | None = DeviceGraphs(device) if graphs else None
@@ -75,8 +75,13 @@ class Launcher:
     def _measured(self, step: TrainStep, rehearse: Callable[[], Rehearsal]) -> Execution:
         times: dict[Execution, float] = {}
         problems: dict[Execution, str] = {}
-        ways = [way for way in WAYS if self._obstacles[way] is None]
+        excluded = {
+            way: self._obstacles[way] or not_worth_timing(way, self._device) for way in WAYS
+        }
+        ways = [way for way in WAYS if excluded[way] is None]
         if len(ways) > 1:
+            compiling = " (compiling takes minutes)" if "compile" in ways else ""
+            logger.info("train.execution auto: timing %s%s.", ", ".join(ways), compiling)
             rehearsal = rehearse()
             for way in ways:
                 replay = step.launch(way, self.graphs)
@@ -87,7 +92,7 @@ class Launcher:
                 if replay is not None and replay.problem is not None:  # it has fallen back
                     times.pop(way, None)
                     problems[way] = replay.problem
-        problems |= {way: reason for way, reason in self._obstacles.items() if reason is not None}
+        problems |= {way: reason for way, reason in excluded.items() if reason is not None}
         chosen = fastest(times)
         logger.info("train.execution auto: %s", account(chosen, times, problems))
         return chosen
@@ -116,6 +121,13 @@ def obstacle(
             return "several processes exchange gradients in the last of several micro-batches only"
     if "compile" in way and recipe.train.checkpoint_activations != "none":
         return "train.checkpoint_activations cannot be compiled"
+    return None
+
+
+def not_worth_timing(way: Execution, device: torch.device) -> str | None:
+    """Why "auto" leaves out a way that would be possible; None: it is timed."""
+    if "compile" in way and device.type == "cpu":
+        return "compiling for a CPU takes minutes, so it must be asked for by name"
     return None
 
 

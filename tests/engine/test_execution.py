@@ -133,14 +133,16 @@ def test_auto_measures_once_and_a_resumed_run_does_what_it_did(trainer, monkeypa
         return 1.0 / len(measured)
 
     monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(execution, "not_worth_timing", lambda *_: None)  # as on a GPU
     monkeypatch.setattr(Rehearsal, "seconds_per_step", seconds)
     auto = {"train.execution": "auto"}
     own = trainer({**auto, "train.max_steps": "2"})
     assert own.step.execution == "compile" and own.step._model is measured[1] is not own.model
     assert compiled == [{"fullgraph": True, "dynamic": False}]
     assert _messages(caplog) == [
+        "train.execution auto: timing eager, compile (compiling takes minutes).",
         "train.execution auto: compile, 2.00 x the rate of eager (measured: eager 1000.0 ms, "
-        "compile 500.0 ms); not graph, graph+compile: CUDA graphs need a GPU, this run is on cpu."
+        "compile 500.0 ms); not graph, graph+compile: CUDA graphs need a GPU, this run is on cpu.",
     ]
     assert own.fit()["execution"] == "compile"
     own.close()
@@ -149,6 +151,17 @@ def test_auto_measures_once_and_a_resumed_run_does_what_it_did(trainer, monkeypa
     resumed = trainer(auto)
     assert resumed.step.execution == "compile" and len(measured) == 2
     resumed.fit()
+
+
+def test_auto_on_a_cpu_is_eager_at_once_and_says_why(trainer, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(Trainer, "_rehearse", lambda _: pytest.fail("a step was tried"))
+    assert trainer({"train.execution": "auto"}).step.execution == "eager"
+    assert _messages(caplog) == [
+        "train.execution auto: eager; not graph, graph+compile: CUDA graphs need a GPU, this run "
+        "is on cpu; not compile: compiling for a CPU takes minutes, so it must be asked for by "
+        "name."
+    ]
 
 
 def test_a_network_that_cannot_be_compiled_runs_eagerly(trainer, monkeypatch, caplog):
@@ -165,6 +178,7 @@ def test_a_network_that_cannot_be_compiled_runs_eagerly(trainer, monkeypatch, ca
         "train.execution compile: steps run eagerly, because no working compiler."
     ]
     caplog.clear()
+    monkeypatch.setattr(execution, "not_worth_timing", lambda *_: None)
     own = trainer({"train.execution": "auto"}, folder="auto")
     assert own.step.execution == "eager"
     own.fit()
