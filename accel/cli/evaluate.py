@@ -30,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--verbose", action="store_true", help="tracebacks of errors")
     options = parser.parse_args(rest)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("accel.engine.tester").setLevel(logging.INFO)  # says who decodes
 
     from accel.engine.distributed import start_world, stop_world
     from accel.engine.run import resolve_device

@@ -73,6 +73,22 @@ class StepProfiler:
         self._trace: Any = None
         self._capturing = False
 
+    def check_window(self, steps: int) -> None:
+        """Warn when the `steps` that this process will make end before the capture does."""
+        start, wanted = self._config.profile_start, self._config.profile_steps
+        if self._config.profile == "none" or steps >= start + wanted:
+            return
+        captured = max(0, steps - start)
+        logger.warning(
+            "log.profile %s captures %s, because %d steps are to be made; log.profile_start "
+            "(%d) + log.profile_steps (%d) must not exceed that.",
+            self._config.profile,
+            f"only {captured} of {wanted} steps" if captured else "nothing",
+            steps,
+            start,
+            wanted,
+        )
+
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """Surrounds each optimizer step."""

@@ -200,6 +200,8 @@ def _score(
         views=views,
         trained_with=target.decoder,
     )
+    if world.is_main:
+        logger.info("val: %s", loader.description)
     try:
         values, read = evaluate_views(
             model,

@@ -164,6 +164,10 @@ class Trainer:
         if self.finished():
             logger.info("%s is finished: nothing to do.", self.folder.path)
             return dict(json.loads(self.folder.summary.read_text(encoding="utf-8")))
+        if self.world.is_main:
+            for split, loader in {"train": self.train_loader, **self._video_loaders}.items():
+                logger.info("%s: %s", split, loader.description)
+        self.profiler.check_window(self.total_steps - self.counters.iteration)
         journal = self._open_folder() if self.world.is_main else None
         self.world.barrier()
         progress = Progress(self.total_steps, self.recipe.log.progress_s)

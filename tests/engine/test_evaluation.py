@@ -35,9 +35,11 @@ def run(tiny_recipe, tmp_path_factory):
     return out
 
 
-def test_one_center_view_is_the_validation_of_the_run(run, tmp_path):
+def test_one_center_view_is_the_validation_of_the_run(run, tmp_path, caplog):
+    caplog.set_level("INFO")
     target = find_target(str(run), out=str(tmp_path))
     (report,) = evaluate_protocols(target, [])
+    assert caplog.messages.count(f"val: {report['loader']}") == 1
     summary = json.loads((run / "summary.json").read_text())
     assert report["protocol"] == "1x1" and report["num_videos"] == 16
     for key in ("top1", "top5", "mean_class"):

@@ -60,6 +60,15 @@ def test_a_run_folder_is_complete(undisturbed):
     assert load_recipe(str(out / "recipe.yaml")).optim.lr == 0.02
 
 
+def test_a_run_says_who_decodes_and_that_it_ends_before_the_profile(tiny_recipe, tmp_path, caplog):
+    caplog.set_level("INFO")
+    summary = _fit(tiny_recipe, tmp_path, {"train.max_steps": "1", "log.profile": "torch"})
+    lines = [r.getMessage() for r in caplog.records]
+    assert lines.count(f"train: {summary['loader']}") == 1
+    assert sum(line.startswith("val: ") for line in lines) == 1
+    assert sum(line.startswith("log.profile torch captures nothing") for line in lines) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [(name, {}) for name in list_models()] + [("amsnet", {"model.variant": "snippet"})],

@@ -188,6 +188,26 @@ def test_a_live_run_through_torch_profiler(report, tmp_path):
     assert counted["count"] == 1
 
 
+@pytest.mark.parametrize(
+    ("profile", "steps", "said"),
+    [
+        ("torch", 2, "log.profile torch captures nothing, because 2 steps are to be made; "),
+        ("nsys", 4, "log.profile nsys captures only 1 of 2 steps, "),
+        ("torch", 5, None),
+        ("none", 2, None),
+    ],
+)
+def test_a_window_that_the_run_does_not_reach_is_said(profile, steps, said, tmp_path, caplog):
+    config = LogConfig(profile=profile, profile_start=3, profile_steps=2)
+    StepProfiler(config, tmp_path, CPU, dict).check_window(steps)
+    if said is None:
+        assert not caplog.text
+    else:
+        assert (
+            said in caplog.text and "log.profile_start (3) + log.profile_steps (2)" in caplog.text
+        )
+
+
 def test_operand_bytes_count_every_operand_once_and_views_never():
     x = torch.zeros(10, 4)
     with OperandBytes() as counter:
