@@ -25,7 +25,7 @@ FORMAT = "accel-weights-1"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Convert one file; exit code 2 and every difference when it does not fit."""
+    """Convert one file; exit code 2 and the differences when it does not fit."""
     parser = Parser(prog="accel convert", description=__doc__)
     parser.add_argument("file", type=Path, metavar="FILE", help="checkpoint of any known layout")
     parser.add_argument(

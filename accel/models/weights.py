@@ -1,4 +1,4 @@
-"""Reading checkpoints that others wrote: safely, strictly, and with every difference named.
+"""Reading checkpoints that others wrote: safely, strictly, and with the differences named.
 
 A foreign file is untrusted. Its zip checksums are verified first (torch does not: a flipped bit
 gives a silently wrong tensor), and it is unpickled with `weights_only=True` and a closed list of
@@ -27,6 +27,9 @@ from accel.models.resnet import BLOCKS_PER_STAGE
 from accel.models.vgg_ssd import SSD300
 
 logger = logging.getLogger(__name__)
+
+NAMED = 5
+"""Differences of one kind that a message names; the others are counted."""
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
@@ -227,7 +230,7 @@ def import_weights(
 
     Raises:
         CheckpointError: the file cannot be read, its layout is unknown, or it does not fit; then
-            the message lists every difference and the model is unchanged.
+            the message counts the differences, names some of each kind, and the model is unchanged.
     """
     path = Path(path)
     foreign = read_state_dict(path)
@@ -267,7 +270,11 @@ def import_weights(
     other = [name for name in found if not _fits(found[name], expected[name])]
     if missing or unexpected or other:
         raise CheckpointError(
-            path, _differences(table, layout, missing, unexpected, other, found, expected)
+            path,
+            f'does not fit this model (layout "{layout}"): {len(missing)} missing, '
+            f"{len(unexpected)} unexpected, {len(other)} of another shape or type."
+            f"{_elsewhere(foreign, model.system, layout)}\n"
+            f"{_differences(table, missing, unexpected, other, found, expected)}",
         )
 
     model.load_state_dict(found, strict=False)
@@ -362,7 +369,7 @@ def describe(
         raise CheckpointError(
             path,
             f'is not a network of {system} in layout "{layout}": no stem, no classifier, or '
-            f"{blocks} blocks in its stages. Most of its names are those of {_closest(state)}.",
+            f"{blocks} blocks in its stages.{_elsewhere(state, system, layout)}",
         )
     if any(name and name.startswith("trunk.layer3.1.conv1.reduce") for name in shapes):
         variant = "slowonly"
@@ -381,16 +388,18 @@ def describe(
     }
 
 
-def _closest(state: dict[str, Tensor]) -> str:
-    """The system whose tables know the most names."""
+def _elsewhere(state: dict[str, Tensor], system: str, layout: str) -> str:
+    """A sentence on the network whose names these are; empty where no other one knows more."""
 
-    def known(table: NameTable) -> int:
-        return max(
-            sum(table.rename(name, layout, OURS) is not None for name in state)
-            for layout in table.all_layouts
-        )
+    def known(place: tuple[str, str]) -> int:
+        table = TABLES[place[0]]
+        return sum(table.rename(name, place[1], OURS) is not None for name in state)
 
-    return max(TABLES, key=lambda system: known(TABLES[system]))
+    others = [(name, own) for name, table in TABLES.items() for own in table.all_layouts]
+    best = max([(system, layout), *others], key=known)
+    if best == (system, layout):
+        return ""
+    return f' Most of its names are those of {best[0]} in layout "{best[1]}".'
 
 
 def _in_our_shape(
@@ -403,6 +412,12 @@ def _in_our_shape(
     return value
 
 
+def _some(lines: list[str]) -> list[str]:
+    """The first lines, and how many are left out."""
+    left = len(lines) - NAMED
+    return lines if left <= 0 else [*lines[:NAMED], f"  ... and {left} more"]
+
+
 def _fits(found: Tensor, expected: Tensor) -> bool:
     return (
         found.shape == expected.shape
@@ -413,25 +428,22 @@ def _fits(found: Tensor, expected: Tensor) -> bool:
 
 def _differences(
     table: NameTable,
-    layout: str,
     missing: list[str],
     unexpected: list[str],
     other: list[str],
     found: dict[str, Tensor],
     expected: dict[str, Tensor],
 ) -> str:
-    """All differences in one message: names of the model, unexpected ones as the file has them."""
-    lines = [
-        f'does not fit this model (layout "{layout}"): {len(missing)} missing, '
-        f"{len(unexpected)} unexpected, {len(other)} of another shape or type."
-    ]
-    lines += [f"  missing: {name}" for name in missing]
-    lines += [f"  unexpected: {name}" for name in unexpected]
-    lines += [
-        f"  {name}: got {list(found[name].shape)} {found[name].dtype}, "
-        f"expected {list(expected[name].shape)} {expected[name].dtype}"
-        for name in other
-    ]
+    """Some differences, a line each: names of the model, unexpected ones as the file has them."""
+    lines = _some([f"  missing: {name}" for name in missing])
+    lines += _some([f"  unexpected: {name}" for name in unexpected])
+    lines += _some(
+        [
+            f"  {name}: got {list(found[name].shape)} {found[name].dtype}, "
+            f"expected {list(expected[name].shape)} {expected[name].dtype}"
+            for name in other
+        ]
+    )
     if set(table.classifier) & set(other):
         lines.append("The class counts differ: allow_classifier_mismatch keeps the new classifier.")
     if any(name.endswith("temporal.G.0.weight") for name in other):

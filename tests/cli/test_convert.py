@@ -109,6 +109,16 @@ def test_every_unmapped_name_is_reported(source, tmp_path, capsys):
     assert not out.exists()
 
 
+def test_a_file_of_another_system_is_named_in_a_few_lines(source, tmp_path, capsys):
+    path, _ = source
+    out = tmp_path / "out.pt"
+    assert accel(["convert", str(path), "--system", "masnet", "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert 'Most of its names are those of tanet in layout "original".' in error
+    assert len(error.splitlines()) < 15
+    assert not out.exists()
+
+
 def _imagenet(path):
     state = torch.load(path, weights_only=True)["state_dict"]
     table = TABLES["tanet"]
@@ -135,7 +145,7 @@ def _one_tensor(path):
             'not a network of tanet in layout "mmaction2": no stem',
         ),
         (None, ["--system", "tanet", "--extra"], "unrecognized arguments: --extra"),
-        (None, ["--system", "tsm"], "Most of its names are those of tanet."),
+        (None, ["--system", "tsm"], 'Most of its names are those of tanet in layout "original".'),
         (_imagenet, ["--system", "tanet"], "is an ImageNet network without temporal modules"),
         (_one_tensor, ["--system", "tanet"], "no stem, no classifier, or [0, 0, 0, 0] blocks"),
         (lambda path: path.unlink(), ["--system", "tanet"], "no such file"),
