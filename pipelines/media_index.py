@@ -243,7 +243,7 @@ def _probe_missing(
     partial = cache_path.with_suffix(".partial")
     if len(failures) > tolerated:
         _write(partial, list(results), results)
-        _raise_failures(list(failures.values()), len(videos))
+        _raise_failures(list(failures.values()), len(videos), tolerated)
     problems = {
         key: f"{error.path.name}: " * (error.path != missing[key].path) + error.problem
         for key, error in failures.items()
@@ -312,7 +312,7 @@ def _probed(
         return error
 
 
-def _raise_failures(failures: list[MediaError], total: int) -> None:
+def _raise_failures(failures: list[MediaError], total: int, tolerated: int) -> None:
     if len(failures) == 1:
         raise failures[0]
     if failures:
@@ -322,7 +322,10 @@ def _raise_failures(failures: list[MediaError], total: int) -> None:
             for reason, count in list(counts.items())[:3]
         )
         more = " | ..." if len(counts) > 3 else ""
-        raise DataError(f"{len(failures)} of {total} videos cannot be used: {named}{more}")
+        raise DataError(
+            f"{len(failures)} of {total} videos cannot be used, allowed {tolerated} "
+            f"(data.max_bad_fraction): {named}{more}"
+        )
 
 
 def _write(

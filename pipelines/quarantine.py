@@ -18,11 +18,12 @@ from pipelines.order import Split
 _LOG = logging.getLogger(__name__)
 _TOLERATED = 10  # videos, in sets of which they are no more than a tenth
 _TITLES: dict[str, str] = {"train": "training", "val": "validation"}
+_EFFECTS: dict[str, str] = {"train": "another one stands in", "val": "it counts as wrong"}
 
 
 @dataclass(frozen=True)
 class Unusable:
-    """One video that is left out."""
+    """One video that cannot be used."""
 
     split: str
     sample_id: int
@@ -129,8 +130,8 @@ class Quarantine:
                     _write(self.path, sorted(merged, key=lambda e: (e.split, e.sample_id)))
                 self._keep(own)
         for entry in entries[:3]:
-            text = "%s video %d (%s) is left out: %s"
-            _LOG.warning(text, _TITLES[self._split], entry.sample_id, entry.path, entry.reason)
+            facts = (entry.sample_id, entry.path, _EFFECTS[self._split], entry.reason)
+            _LOG.warning("%s video %d (%s) cannot be used, %s: %s", _TITLES[self._split], *facts)
         if len(entries) > 3:
             _LOG.warning("and %d more", len(entries) - 3)
 
@@ -189,7 +190,7 @@ class Quarantine:
         where = f"; the others: {self.path}" if self.path and len(entries) > 3 else ""
         raise DataError(
             f"{len(entries)} of {len(self._videos)} {_TITLES[self._split]} videos cannot be used, "
-            f"{self._tolerated} are tolerated (data.max_bad_fraction): {named}{more}{where}"
+            f"allowed {self._tolerated} (data.max_bad_fraction): {named}{more}{where}"
         )
 
 
@@ -233,4 +234,4 @@ def _write(path: Path, entries: list[Unusable]) -> None:
     try:
         replace_bytes(path, [text.getvalue().encode("utf-8", "surrogateescape")])
     except OSError as error:
-        _LOG.error("%s cannot be written (%s); the videos are left out all the same", path, error)
+        _LOG.error("%s cannot be written (%s); the run goes on without it", path, error)

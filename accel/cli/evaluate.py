@@ -112,7 +112,7 @@ def _score_file(member: str, protocol: str) -> Path:
 
 def _line(name: str, metrics: dict[str, Any]) -> str:
     missing = metrics["num_missing"]
-    unread = f", {missing} of them cannot be read and count as wrong" if missing else ""
+    unread = f", {missing} of them unreadable, counted as wrong" if missing else ""
     return (
         f"{name}: top-1 {100 * metrics['top1']:.2f}  top-5 {100 * metrics['top5']:.2f}  "
         f"mean class {100 * metrics['mean_class']:.2f}  ({metrics['num_videos']} videos{unread})"

@@ -86,8 +86,8 @@ class Scores:
         """For the log."""
         text = f"val top-1 {self.top1:.4f}, loss {self.loss:.4f}"
         if self.num_missing:
-            unread = f"{self.num_missing} of {self.num_clips} videos cannot be read"
-            text += f" ({unread} and count as wrong)"
+            missing = f"{self.num_missing} of {self.num_clips} videos unreadable"
+            text += f" ({missing}, counted as wrong)"
         return text
 
 

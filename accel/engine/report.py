@@ -27,9 +27,9 @@ def summary_text(summary: dict[str, Any], run_folder: Path) -> str:
     if unusable := summary.get("unusable"):
         named = "; ".join(f"{video['path']}: {video['reason']}" for video in unusable[:3])
         more = "; ..." if len(unusable) > 3 else ""
-        lines.append(f"  {len(unusable)} videos left out (quarantine.csv): {named}{more}")
+        lines.append(f"  unusable videos: {len(unusable)} (see quarantine.csv): {named}{more}")
     if missing := summary.get("val_num_missing"):
-        lines.append(f"  {missing} validation videos cannot be read and count as wrong")
+        lines.append(f"  validation videos that cannot be read, counted as wrong: {missing}")
     if gpu := summary.get("gpu"):
         lines.append(
             "  " + ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in gpu.items())

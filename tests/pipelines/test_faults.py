@@ -213,10 +213,13 @@ def test_too_many_bad_files_end_with_the_reasons(dataset: Dataset) -> None:
         dataset.train[k].path.unlink()
     assert len(list(loader.epoch(0))) == 6
     dataset.train[2].path.unlink()
-    over = r"3 of 12 training videos cannot be used, 2 are tolerated \(data\.max_bad_fraction\): "
+    over = r"3 of 12 training videos cannot be used, allowed 2 \(data\.max_bad_fraction\): "
     with pytest.raises(DataError, match=over + r".*02\.webm: .*No such file.* | .*00\.webm: "):
         list(loader.epoch(0))
-    with pytest.raises(DataError, match=r"3 of 12 videos cannot be used: .*00\.webm"):
+    with pytest.raises(
+        DataError,
+        match=r"3 of 12 videos cannot be used, allowed 2 \(data\.max_bad_fraction\): .*00\.webm",
+    ):
         open_loader(some)
     for record in dataset.train:
         record.path.unlink(missing_ok=True)

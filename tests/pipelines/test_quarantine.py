@@ -28,7 +28,7 @@ def test_quarantine_files(videos: VideoSet, tmp_path: Path) -> None:
     assert [(e.sample_id, e.reason) for e in one.entries] == [(3, 'two lines, "quoted"'), (5, "b")]
     assert [e.sample_id for e in one.take_new()] == [3, 5] and one.take_new() == []
     assert 3 in val and 5 not in val and opened().summary() == one.summary()
-    with pytest.raises(DataError, match=r"2 of 12 training videos cannot be used, 1 are tolerated"):
+    with pytest.raises(DataError, match=r"2 of 12 training videos cannot be used, allowed 1"):
         opened(fraction=0.001)
     text = (tmp_path / "q.csv").read_text()
     for damaged in (
@@ -52,7 +52,7 @@ def test_what_is_refused_is_not_written(videos: VideoSet, tmp_path: Path) -> Non
     one, other = opened(), opened()
     one.add(3, "a")
     stored = (tmp_path / "q.csv").read_bytes()
-    with pytest.raises(DataError, match=r"2 of 12 training videos cannot be used, 1 are tolerated"):
+    with pytest.raises(DataError, match=r"2 of 12 training videos cannot be used, allowed 1"):
         other.add(5, "b")
     assert (tmp_path / "q.csv").read_bytes() == stored and 5 not in other
     assert [entry.sample_id for entry in opened().entries] == [3]
