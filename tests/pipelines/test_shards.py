@@ -184,7 +184,8 @@ def test_a_faulty_shard_is_named_in_one_sentence(
     damage(out / "00000.shard")
     monkeypatch.setenv("ACCEL_CACHE", str(tmp_path / "cache"))
     capsys.readouterr()
-    with pytest.raises(DataError, match=r"2 of 5 videos cannot be used: .* \(2 videos\)$") as error:
+    sentence = r"2 of 5 videos cannot be used, allowed 0 .* \(2 videos\)$"
+    with pytest.raises(DataError, match=sentence) as error:
         open_loader(out, "torch")
     assert str(error.value).count(part) == 1
     assert main(["data", "stats", "--root", str(out), "--list", "list.txt"]) == 3
