@@ -1,0 +1,57 @@
+"""How many videos may be unusable, and sets that are small or odd.
+
+Rows D3 and D6 of the fault matrix.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipelines.datasets import Dataset
+from pipelines.errors import DataError
+from pipelines.loader import Loader
+from pipelines.quarantine import tolerated
+
+MakeDataset = Callable[[Sequence[Path]], Dataset]
+OpenLoader = Callable[..., Loader]
+
+
+def test_too_many_bad_files_end_with_the_reasons(dozen: Dataset, open_loader: OpenLoader) -> None:
+    """D3: just under and just over the tolerance, before the start and during the run."""
+    assert [tolerated(n, 0.001) for n in (9, 10, 50, 5000, 240_000)] == [0, 1, 5, 10, 240]
+    assert tolerated(240_000, 0) == 0 and tolerated(3, 1.0) == 3
+    some = replace(dozen, max_bad_fraction=0.2)  # of 12: two
+    loader = open_loader(some)
+    for k in (0, 1):
+        dozen.train[k].path.unlink()
+    assert len(list(loader.epoch(0))) == 6
+    dozen.train[2].path.unlink()
+    over = r"3 of 12 training videos cannot be used, allowed 2 \(data\.max_bad_fraction\): "
+    with pytest.raises(DataError, match=over + r".*02\.webm: .*No such file.* | .*00\.webm: "):
+        list(loader.epoch(0))
+    with pytest.raises(
+        DataError,
+        match=r"3 of 12 videos cannot be used, allowed 2 \(data\.max_bad_fraction\): .*00\.webm",
+    ):
+        open_loader(some)
+    for record in dozen.train:
+        record.path.unlink(missing_ok=True)
+    with pytest.raises(DataError, match=r"12 of 12 videos cannot be used"):
+        open_loader(dozen)
+
+
+def test_small_and_odd_sets(
+    dozen: Dataset, make_dataset: MakeDataset, open_loader: OpenLoader
+) -> None:
+    """D6: fewer videos than a global batch or than ranks; repeated lines; one class."""
+    path = dozen.train[0].path
+    with pytest.raises(DataError, match=r"3 videos, fewer than one global batch \(4\)"):
+        open_loader(make_dataset([path] * 3))
+    doubled = make_dataset([path] * 9)
+    batches = list(open_loader(doubled).epoch(0))
+    assert len(batches) == 4 and all(len(batch.labels) == 2 for batch in batches)
+    few = make_dataset([path])
+    loaders = [open_loader(few, "val", rank=rank, world_size=3) for rank in range(3)]
+    assert [len(list(loader.epoch(0))) for loader in loaders] == [1, 0, 0]
