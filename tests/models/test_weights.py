@@ -1,4 +1,4 @@
-"""Importing published checkpoints: every layout, every damage, every difference."""
+"""Importing published checkpoints: every layout, every damage, every difference counted."""
 
 import argparse
 import os
