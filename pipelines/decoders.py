@@ -2,7 +2,7 @@
 
 "auto" lets every decoder that can read the set read the same clips once the run starts, checks them
 against each other, and keeps the fastest. The outcome is remembered beside the media index, so that
-a resumed run, and every rank, decodes alike.
+every rank decodes alike; a run that goes on from a checkpoint takes the decoder named there.
 """
 
 import functools
@@ -144,7 +144,7 @@ def choose_decoder(
         return config.decoder, f"{titles[config.decoder]} (loader.decoder={config.decoder})"
     names = [name for name in ("dali", "dali_gpu", "pyav") if name not in problems]
     if trained_with in names:
-        return trained_with, f"{titles[trained_with]} (as in training)"
+        return trained_with, f"{titles[trained_with]} (as the checkpoint says)"
     if names == ["pyav"]:
         return "pyav", f"{titles['pyav']} ({problems['dali'][1]})"
     if len(plan.source) < _FEWEST_VIDEOS:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,7 +110,7 @@ class DetectionTrainer(Trainer):
             deny_list=data.deny_list,
         )
 
-    def _build(self, *, pretrained: bool) -> None:
+    def _build(self, stored: Mapping[str, Any] | None) -> None:
         recipe, config = self.recipe, self.recipe.detection
         seed_everything(recipe.run.seed, "model")
         try:
@@ -121,7 +121,7 @@ class DetectionTrainer(Trainer):
         model = build_detector(
             config.network, num_classes=self.dataset.num_classes + 1, **config.network_options
         )
-        if pretrained:
+        if stored is None:
             if recipe.published.init != "none" and not config.start_base:
                 logger.warning(
                     "the published run starts from %s weights, this one from random ones; pass "

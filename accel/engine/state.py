@@ -26,6 +26,13 @@ class Counters:
     """Seconds spent so far, over all processes that worked on the run one after another."""
 
 
+def decoders_of(state: Mapping[str, Any] | None) -> tuple[str, str]:
+    """Who decoded and scaled the training and the validation videos of a checkpoint's run
+    (`pipelines.loader.Loader.backend`); "" where nothing says so."""
+    train, val = state.get("decoders", ("", "")) if state is not None else ("", "")
+    return train, val
+
+
 def find_checkpoint(
     resume: str, folder: RunFolder, store: CheckpointStore, recipe: Recipe
 ) -> tuple[Path, dict[str, Any]] | None:

@@ -22,6 +22,7 @@ from accel.engine.precision import Precision
 from accel.engine.run import RunFolder, resolve_device
 from accel.engine.scores import ScoreFacts, StoredScores
 from accel.engine.seeding import set_deterministic
+from accel.engine.state import decoders_of
 from accel.engine.timing import Ranges
 from accel.errors import CheckpointError, ConfigError, DivergedError
 from accel.models import build_model
@@ -47,7 +48,7 @@ class Target:
     @property
     def decoder(self) -> str:
         """Who decoded and scaled the validation videos of the run; "" where nothing says so."""
-        return self.state.get("decoders", ("", ""))[1] if self.state is not None else ""
+        return decoders_of(self.state)[1]
 
 
 def find_target(

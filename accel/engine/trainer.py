@@ -40,7 +40,13 @@ from accel.engine.report import draw_curves
 from accel.engine.run import RunFolder, environment, resolve_device
 from accel.engine.schedule import lr_factor
 from accel.engine.seeding import seed_everything, set_deterministic
-from accel.engine.state import Counters, check_tensors, check_unchanged, find_checkpoint
+from accel.engine.state import (
+    Counters,
+    check_tensors,
+    check_unchanged,
+    decoders_of,
+    find_checkpoint,
+)
 from accel.engine.step import TrainStep, training_loss
 from accel.engine.stop import StopRequested, StopSignals
 from accel.engine.timing import Ranges
@@ -123,15 +129,16 @@ class Trainer:
                 self.recipe = self._fitted(found)
             self.accumulation = self._accumulation()
             self._launcher = Launcher(self.recipe, self.device, self.world, self.accumulation)
-            self._build(pretrained=found is None)
+            stored = found[1] if found is not None else None
+            self._build(stored)
             self.counters = Counters()
             self.scores: Scores | None = None
             self.best_top1 = -1.0
             if found is not None:
                 self._restore(*found, resume_allow)
-            stored = found[1].get("execution") if found is not None else None
             if not self.finished():
-                self._launcher.settle(self.step, self._rehearse, stored)
+                execution = stored.get("execution") if stored is not None else None
+                self._launcher.settle(self.step, self._rehearse, execution)
         except BaseException:
             self.close()
             raise
@@ -426,9 +433,15 @@ class Trainer:
             )
         return train.global_batch // (train.micro_batch * self.world.size)
 
-    def _build(self, *, pretrained: bool) -> None:
-        """Network, optimizer and loaders; a resumed run does not need `model.pretrained` again."""
+    def _build(self, stored: Mapping[str, Any] | None) -> None:
+        """Network, optimizer and loaders.
+
+        Args:
+            stored: the checkpoint that the run continues from: its decoders read the videos where
+                they can, and `model.pretrained` is not needed again.
+        """
         recipe = self.recipe
+        pretrained = stored is None
         if pretrained and recipe.published.init != "none" and not recipe.model.pretrained:
             logger.warning(
                 "the published run starts from %s weights, this one from random ones; pass "
@@ -449,8 +462,10 @@ class Trainer:
         self.ranges = Ranges(RECORDERS[recipe.log.profile])
         self.ranges.mark(self.model.named_parts())
         self.profiler = self._open_profiler()
-        self.train_loader = self._open_loader("train", recipe.train.micro_batch)
-        self.val_loader = self._open_loader("val", recipe.test.batch or recipe.train.micro_batch)
+        train_decoder, val_decoder = decoders_of(stored)
+        self.train_loader = self._open_loader("train", recipe.train.micro_batch, train_decoder)
+        val_batch = recipe.test.batch or recipe.train.micro_batch
+        self.val_loader = self._open_loader("val", val_batch, val_decoder)
         self.step = TrainStep(
             self._wrapped_model(),
             self.optimizer,
@@ -524,7 +539,7 @@ class Trainer:
     def _open_dataset(self) -> Dataset:
         return open_shared_dataset(self.recipe, self.world)
 
-    def _open_loader(self, split: Split, micro_batch: int) -> Loader:
+    def _open_loader(self, split: Split, micro_batch: int, trained_with: str) -> Loader:
         loader = open_loader(
             self.recipe,
             self.dataset,
@@ -534,6 +549,7 @@ class Trainer:
             device=self.device,
             ranges=self.ranges,
             quarantine=self.folder.quarantine,
+            trained_with=trained_with,
         )
         self._loaders.append(loader)
         self._video_loaders[split] = loader

@@ -81,7 +81,7 @@ def test_the_decoder_of_the_run_decodes_again(run, tiny_recipe, tmp_path, caplog
 
     capsys.readouterr()
     assert main(["evaluate", str(out), "--protocol", "1x1", "--loader.decoder", "auto"]) == 0
-    assert "PyAV decodes, DALI scales (as in training)" in capsys.readouterr().out
+    assert "PyAV decodes, DALI scales (as the checkpoint says)" in capsys.readouterr().out
 
 
 def test_scores_are_the_mean_over_all_clips_and_crops(run, tmp_path):

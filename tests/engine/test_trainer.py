@@ -15,6 +15,7 @@ from accel.engine.run import RunFolder
 from accel.engine.trainer import Trainer
 from accel.errors import CheckpointError, ConfigError, DivergedError
 from accel.models import build_model, list_models
+from pipelines import decoders
 from pipelines.errors import DataError
 
 KEEP_ALL = {"checkpoint.every_steps": "1", "checkpoint.keep_last": "100"}
@@ -254,6 +255,37 @@ def test_another_decoder_does_not_resume(tiny_recipe, tmp_path):
     _fit(tiny_recipe, tmp_path / "run", {"train.max_steps": "1"})
     with pytest.raises(ConfigError, match=r"loader\.decoder: 'auto' -> 'pyav'"):
         _fit(tiny_recipe, tmp_path / "run", {"loader.decoder": "pyav"})
+
+
+@pytest.mark.needs_dali_video
+def test_a_resumed_run_keeps_its_decoder_whatever_is_faster_now(
+    tiny_recipe, tmp_path, monkeypatch, steps_of
+):
+    fastest = "dali"
+    monkeypatch.setattr(decoders, "_FEWEST_VIDEOS", 1)
+    monkeypatch.setattr(decoders, "_measured", lambda plan, names, cache: ({fastest: 1.0}, {}))
+    whole, out, fresh = (tmp_path / name for name in ("whole", "run", "fresh"))
+    _fit(tiny_recipe, whole, KEEP_ALL)
+    _fit(tiny_recipe, out, {"train.max_steps": "3", **KEEP_ALL})
+    fastest = "pyav"
+    assert _fit(tiny_recipe, fresh, {"train.max_steps": "1"})["loader"].startswith("PyAV")
+    assert steps_of(fresh) != steps_of(whole)[:1]  # other gray levels
+    summary = _fit(tiny_recipe, out, KEEP_ALL)
+    assert summary["loader"].startswith("DALI decodes on the CPU (as the checkpoint says)")
+    assert steps_of(out) == steps_of(whole)
+    final = Path("checkpoints", "step_00000008.pt")
+    one, other = (CheckpointStore(f / "checkpoints").load(f / final) for f in (out, whole))
+    _equal_states(one, other)
+    assert one["decoders"] == other["decoders"] == ["dali, scaled by dali"] * 2
+
+
+@pytest.mark.needs_dali_video
+def test_a_run_whose_decoder_is_gone_does_not_resume(tiny_recipe, tmp_path, monkeypatch):
+    _fit(tiny_recipe, tmp_path / "run", {"train.max_steps": "1"})
+    monkeypatch.setattr(decoders, "dali_installed", lambda: False)
+    with pytest.raises(ConfigError, match=r"decoders: .*'dali, scaled by dali'.* -> .*'pyav, scal"):
+        _fit(tiny_recipe, tmp_path / "run")
+    _fit(tiny_recipe, tmp_path / "run", resume_allow=["decoders"])
 
 
 @pytest.mark.needs_extension
