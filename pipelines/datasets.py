@@ -83,7 +83,7 @@ def _without_denied(train: VideoSet, val: VideoSet, data: DataConfig) -> VideoSe
     if refused:
         raise DataError(
             f"{len(refused)} validation videos are in the deny-list {path}, e.g. {refused[0]}: "
-            f"{denied[refused[0]]}; repair them, or remove them from the validation list."
+            f"{denied[refused[0]]}; repair them, or take them out of the validation set."
         )
     keep = np.array([name not in encoded for name in train.encoded_names()], np.bool_)
     left_out = len(train) - int(keep.sum())
@@ -213,6 +213,8 @@ def _class_folder_rows(
             row = (path.relative_to(root).as_posix(), label)
             if name.startswith("."):
                 continue
+            if any("\ud800" <= letter <= "\udfff" for letter in row[0]):  # os.listdir escapes
+                raise DataError(f"{root}: the name {row[0]!r} is no UTF-8 text; rename it.")
             if path.suffix.lower() in VIDEO_SUFFIXES:
                 rows["videos"].append(row)
             elif path.is_dir():

@@ -8,6 +8,7 @@ with the distance of keyframes.
 import contextlib
 import itertools
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -42,6 +43,7 @@ _ENCODERS: dict[str, tuple[str, str, dict[str, str]]] = {
     "h264": ("libx264", ".mp4", {"preset": "medium", "bf": "0", "sc_threshold": "0"}),
     "vp9": ("libvpx-vp9", ".webm", {"deadline": "good", "cpu-used": "4", "b": "0"}),
 }
+_UNLISTABLE = re.compile(r"^\s|[\t\n]|\s$")
 _FRAMES_PER_S = 25  # of folders of frames
 
 
@@ -93,6 +95,7 @@ def prepare(
     *,
     threads: int,
     frame_name: str = "",
+    class_names: Sequence[str] = (),
 ) -> Report:
     """Write every video of some lists, and the lists, below another folder.
 
@@ -106,13 +109,17 @@ def prepare(
         encoding: the same as in earlier runs over this folder.
         threads: videos encoded at a time.
         frame_name: names of the files in folders of frames; "" = as in the first folder.
+        class_names: for `classes.txt`; () = no such file.
 
     Raises:
         DataError: the folder holds copies of another encoding, another process is writing to it,
-            or two names become one.
+            two names become one, or a list cannot hold one.
     """
     with _claimed(out, encoding):
-        return _prepare(lists, out, encoding, threads, frame_name)
+        report = _prepare(lists, out, encoding, threads, frame_name)
+        if class_names:
+            replace_bytes(out / "classes.txt", ["".join(f"{k}\n" for k in class_names).encode()])
+        return report
 
 
 def _prepare(
@@ -267,6 +274,9 @@ def _names(records: Sequence[VideoRecord], encoding: Encoding) -> dict[str, str]
     names: dict[str, str] = {}
     owners: dict[str, str] = {}
     for record in records:
+        if _UNLISTABLE.search(record.name):
+            problem = "has a tab, a line break or a blank at an end"
+            raise DataError(f"{record.name!r}: {problem}, which no list can hold; rename it.")
         listed = PurePosixPath(record.name)
         if listed.is_absolute() or ".." in listed.parts:
             raise DataError(f"{record.name}: expected a path below the root; copies keep it.")

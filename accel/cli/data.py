@@ -1,9 +1,10 @@
 """`accel data`: what concerns the videos of a dataset."""
 
 import argparse
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 
@@ -69,24 +70,90 @@ def import_main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _add_set_options(parser: Parser, *, needs_lists: bool = True) -> None:
-    parser.add_argument("--root", required=True, help="folder of the videos or frame folders")
+def _add_set_options(parser: Parser) -> None:
+    """The sources of training, also under the names that they have there."""
+    parser.add_argument(
+        "--root", "--data.root", required=True, help="folder of the videos or frame folders"
+    )
     parser.add_argument(
         "--list",
-        required=needs_lists,
         nargs="+",
         dest="lists",
-        help="list files, relative to the root",
+        help="list files, relative to the root; without: class folders, as in training",
     )
-    parser.add_argument("--frame-name", default="", help='e.g. "img_{:05d}.jpg"; default: as found')
+    parser.add_argument(
+        "--kind",
+        "--data.kind",
+        choices=("auto", "videos", "frames"),
+        default="auto",
+        help="video files or folders of frames; default: as found",
+    )
+    parser.add_argument(
+        "--frame-name",
+        "--data.frame_name",
+        default="",
+        help='e.g. "img_{:05d}.jpg"; default: as found',
+    )
+    parser.add_argument(
+        "--classes-file", "--data.classes_file", help="of class folders: their order"
+    )
+    parser.add_argument(
+        "--val-fraction",
+        "--data.val_fraction",
+        type=float,
+        help="of class folders without train/ and val/: share held out (default 0.2)",
+    )
     parser.add_argument("--threads", type=int, default=0, help="0 = all cores")
 
 
-def _read_set(options: argparse.Namespace) -> list[tuple[Path, VideoSet]]:
+class _Split(NamedTuple):
+    title: str
+    list_name: str
+    """File name of the list, also where class folders have none yet."""
+    videos: VideoSet
+
+
+class _Source(NamedTuple):
+    splits: list[_Split]
+    class_names: tuple[str, ...]
+    """Of class folders; lists have numbers."""
+
+
+def _open_source(options: argparse.Namespace) -> _Source:
     root = Path(options.root).expanduser().absolute()
     if not root.is_dir():
         raise ConfigError(f"--root: expected a folder, got '{root}'.")
-    return [(root / name, read_list(root / name, root=root)) for name in options.lists]
+    if options.lists is None:
+        return _class_folders(root, options)
+    for name in ("classes_file", "val_fraction"):
+        if getattr(options, name) is not None:
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option}: is for class folders; leave it out, or --list.")
+    sets = [
+        (root / name, read_list(root / name, root=root, kind=options.kind))
+        for name in options.lists
+    ]
+    return _Source([_Split(str(path), path.name, videos) for path, videos in sets], ())
+
+
+def _class_folders(root: Path, options: argparse.Namespace) -> _Source:
+    from pipelines.datasets import open_dataset
+
+    held_out = {} if options.val_fraction is None else {"val_fraction": options.val_fraction}
+    try:
+        config = DataConfig(
+            root=str(root),
+            kind=options.kind,
+            frame_name=options.frame_name,
+            classes_file=options.classes_file or "",
+            **held_out,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    data = open_dataset(config)
+    sets = (("training", "train.txt", data.train), ("validation", "val.txt", data.val))
+    splits = [_Split(f"{root} ({name})", file, videos) for name, file, videos in sets]
+    return _Source(splits, data.class_names)
 
 
 def check_main(argv: Sequence[str]) -> int:
@@ -96,35 +163,36 @@ def check_main(argv: Sequence[str]) -> int:
 
     parser = Parser(
         prog="accel data check",
-        description="Open and decode every video of some lists; print what is wrong, and write "
-        "what training must not use to a deny-list (data.deny_list). Exit code 3 if there is any.",
+        description="Open and decode every video of some lists, or of class folders; print "
+        "what is wrong, and write what training must not use to a deny-list (data.deny_list). Exit "
+        "code 3 if there is any.",
     )
-    _add_set_options(parser, needs_lists=False)
+    _add_set_options(parser)
     parser.add_argument("--quick", action="store_true", help="do not decode")
     parser.add_argument("--out", default="deny.txt", help="deny-list, relative to the root")
     parser.add_argument(
         "--tubes",
         choices=get_args(DetectionSet),
-        help="instead of --list: a detection set, its boxes and its images",
+        help="a detection set, its boxes and its images",
     )
     parser.add_argument("--split", type=int, default=1, help="--tubes: number of the training list")
     parser.add_argument(
         "--streams", nargs="+", choices=get_args(Stream), default=["rgb"], help="--tubes: whose"
     )
     options = parser.parse_args(argv)
-    if (options.tubes is None) == (options.lists is None):
-        raise ConfigError("accel data check: expected either --list or --tubes.")
+    if options.tubes and options.lists:
+        raise ConfigError("accel data check: expected --list or --tubes, got both.")
     if options.tubes:
         return _check_tubes(options)
     threads = options.threads or LoaderConfig().resolved_threads()
     findings: list[Finding] = []
     faulty_shards: dict[str, set[str]] = {}  # what is wrong -> its videos
     checked = 0
-    for path, videos in _read_set(options):
+    for title, _, videos in _open_source(options).splits:
         checked += len(videos)
         repeated = len(videos) - len({record.name for record in videos})
         if repeated:
-            print(f"{path}: {repeated} lines repeat a path")
+            print(f"{title}: {repeated} lines repeat a path")
         for finding in audit(
             videos, threads=threads, frame_name=options.frame_name, decode=not options.quick
         ):
@@ -138,7 +206,8 @@ def check_main(argv: Sequence[str]) -> int:
     for reason, names in faulty_shards.items():
         print(f"bad  {reason} ({len(names)} videos)")
     count = denied.count("\n") + sum(map(len, faulty_shards.values()))
-    print(f"{checked} lines checked, {count} videos cannot be used")
+    what = "lines" if options.lists else "videos"
+    print(f"{checked} {what} checked, {count} videos cannot be used")
     if faulty_shards:
         print("videos of a faulty shard are not denied: mend the shard, then check again")
     if denied:
@@ -176,14 +245,15 @@ def stats_main(argv: Sequence[str]) -> int:
 
     parser = Parser(
         prog="accel data stats",
-        description="Videos, classes, frames, sizes, codecs of some lists, from the media index. "
+        description="Videos, classes, frames, sizes, codecs of some lists, or of class folders, "
+        "from the media index. "
         "Exit code 3 if there are videos that cannot be used; the rest is described.",
     )
     _add_set_options(parser)
     options = parser.parse_args(argv)
     threads = options.threads or LoaderConfig().resolved_threads()
     bad = 0
-    for path, videos in _read_set(options):
+    for title, _, videos in _open_source(options).splits:
         index = index_videos(
             videos,
             cache_dir=DataConfig().resolved_cache_dir(),
@@ -194,7 +264,7 @@ def stats_main(argv: Sequence[str]) -> int:
         bad += len(index.problems)
         classes = np.bincount(videos.labels)
         used = classes[classes > 0]
-        print(path)
+        print(title)
         print(f"  videos     {len(videos)}")
         print(f"  classes    {len(used)}, {used.min()} to {used.max()} videos each")
         if index.problems:
@@ -213,8 +283,7 @@ def stats_main(argv: Sequence[str]) -> int:
             print(f"  {'files':10} {name}, e.g. {videos[example].name}")
     if not bad:
         return 0
-    command = f"accel data check --root {options.root} --list {' '.join(options.lists)}"
-    print(f"{bad} videos cannot be used; `{command}`")
+    print(f"{bad} videos cannot be used; `accel data check {shlex.join(argv)}`")
     print(
         "names each and writes a deny-list, with which training leaves them out (--data.deny_list)"
     )
@@ -228,7 +297,8 @@ def prepare_main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="accel data prepare",
         description="Write a copy of every video of some lists, and the lists, that is cheap to "
-        "sample from: small frames, short GOPs, constant frame rate. Frame k stays frame k. Can be "
+        "sample from: small frames, short GOPs, constant frame rate. Frame k stays frame k. Of "
+        "class folders: the same folders, train.txt, val.txt and classes.txt. Can be "
         "interrupted and repeated. Exit code 3 if a video cannot be copied. With --shards the "
         "copies stand in a few large files, for network disks.",
     )
@@ -259,22 +329,28 @@ def prepare_main(argv: Sequence[str]) -> int:
     for key, value, low in (("gop", options.gop, 1), ("short-side", options.short_side, 16)):
         if value < low:
             raise ConfigError(f"--{key}: expected an integer >= {low}, got {value}.")
-    sets = _read_set(options)
-    if len({path.name for path, _ in sets}) < len(sets):
+    source = _open_source(options)
+    if len({split.list_name for split in source.splits}) < len(source.splits):
         raise ConfigError("--list: expected lists of different file names.")
     out = Path(options.out).expanduser().absolute()
     root = Path(options.root).expanduser()
-    if out.resolve() in {folder.resolve() for folder in (root, *(path.parent for path, _ in sets))}:
+    if source.class_names and out.resolve().is_relative_to(root.resolve()):
+        raise ConfigError(
+            f"--out: expected a folder outside of --root, whose folders are classes, got '{out}'."
+        )
+    of_lists = ((root / name).parent for name in options.lists or ())
+    if out.resolve() in {folder.resolve() for folder in (root, *of_lists)}:
         raise ConfigError(
             f"--out: expected another folder than --root and those of the lists, got '{out}'; the "
             "lists there would be overwritten."
         )
     report = prepare(
-        [(path.name, videos) for path, videos in sets],
+        [(split.list_name, split.videos) for split in source.splits],
         out,
         Encoding(options.codec, options.short_side, options.gop, options.quality, options.shards),
         threads=options.threads or LoaderConfig().resolved_threads(),
         frame_name=options.frame_name,
+        class_names=source.class_names,
     )
     for name, reason in report.failed.items():
         print(f"not copied: {name}: {reason}")
@@ -284,13 +360,15 @@ def prepare_main(argv: Sequence[str]) -> int:
     before, after = report.clips_per_s_before, report.clips_per_s_after
     print(f"decoding    {before:.1f} clips/s before, {after:.1f} after (8 frames, one thread)")
     if not report.failed:
-        print(f"now         --data.root {out}")
+        files = "train_list train.txt", "val_list val.txt", "classes_file classes.txt"
+        written = "".join(f" --data.{file}" for file in files) if source.class_names else ""
+        print(f"now         --data.root {out}{written}")
         return 0
-    for path, videos in sets:
+    for _, list_name, videos in source.splits:
         lacking = sum(record.name in report.failed for record in videos)
         if lacking:
             print(
-                f"{path.name}: {lacking} of {len(videos)} videos are missing in the copy: "
+                f"{list_name}: {lacking} of {len(videos)} videos are missing in the copy: "
                 "results would not be comparable"
             )
     print("incomplete  mend or replace the originals named above, then run this again")
@@ -345,9 +423,9 @@ def flow_main(argv: Sequence[str]) -> int:
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-    "check": (check_main, "audit lists and media, write the deny-list"),
+    "check": (check_main, "audit a set and its media, write the deny-list"),
     "prepare": (prepare_main, "re-encode or pack a set once, so that sampling from it is cheap"),
-    "stats": (stats_main, "videos, classes, frames, sizes and codecs of lists"),
+    "stats": (stats_main, "videos, classes, frames, sizes and codecs of a set"),
     "flow": (flow_main, "optical flow for a detection set (not the published one)"),
     "import": (import_main, "lists of a known dataset from its official annotation files"),
 }

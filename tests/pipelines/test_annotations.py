@@ -1,5 +1,6 @@
 """List files and class folders: strict parsing, errors with path and line."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,15 @@ def test_class_folders_with_splits(tmp_path: Path) -> None:
     assert [r.label for r in dataset.val] == [1]
     touch(tmp_path, "val/c/4.mp4")
     with pytest.raises(AnnotationError, match="'c' is not among the classes"):
+        open_dataset(DataConfig(root=str(tmp_path)))
+
+
+def test_names_in_class_folders_are_text(tmp_path: Path) -> None:
+    for name in (b"x/1.mp4", b"x/2.mp4", b"y\xfe/\xff.mp4"):
+        path = Path(os.fsdecode(bytes(tmp_path) + b"/" + name))
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    with pytest.raises(DataError, match=r"'y\\udcfe/\\udcff.mp4' is no UTF-8 text; rename"):
         open_dataset(DataConfig(root=str(tmp_path)))
 
 

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ import pytest
 from accel.cli.main import main
 from pipelines.annotations import read_list
 from pipelines.cache import file_lock
+from pipelines.config import DataConfig
+from pipelines.datasets import open_dataset
 from pipelines.media import open_video, probe
 
 MakeVideo = Callable[..., Path]
@@ -130,3 +134,65 @@ def test_the_lists_at_hand_are_not_overwritten(
         assert "--out: expected another folder than --root" in capsys.readouterr().err
         assert (tmp_path / name).read_text() == "a.webm 0\n"
     assert not list(tmp_path.rglob("prepared.json"))
+
+
+@pytest.mark.parametrize("form", ["files", "shards", "split"])
+def test_class_folders_stay_the_set_they_are(
+    tmp_path: Path, make_video: MakeVideo, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    root, out = tmp_path / "in", tmp_path / "out"
+    for k in range(12):
+        part = ("val/" if k < 4 else "train/") if form == "split" else ""
+        make_video(f"in/{part}{'run' if k % 2 else 'jump up'}/{k} ü.webm", num_frames=3, video=k)
+    source = ["--root", str(root), "--threads", "2"]
+    assert main(["data", "stats", *source]) == 0
+    output = capsys.readouterr().out
+    assert output.count("classes    2, ") == 2 and f"{root} (validation)\n" in output
+    assert main(["data", "check", *source]) == 0
+    assert "12 videos checked, 0 videos cannot be used" in capsys.readouterr().out
+
+    options = ["--out", str(out), "--codec", "vp9", *(["--shards", "5"] * (form == "shards"))]
+    assert main(["data", "prepare", *source, *options]) == 0
+    now = capsys.readouterr().out.partition("now ")[2].split()
+    keys = dict(zip(now[::2], now[1::2], strict=True))
+    copies = open_dataset(DataConfig(**{key.removeprefix("--data."): v for key, v in keys.items()}))
+    originals = open_dataset(DataConfig(root=str(root)))
+    assert copies.class_names == originals.class_names == ("jump up", "run")
+    for one, other in ((copies.train, originals.train), (copies.val, originals.val)):
+        assert one.labels.tolist() == other.labels.tolist()
+        names = [re.sub(r"^\d+\.shard/", "", record.name) for record in one]
+        assert names == [record.name for record in other]
+    assert len(copies.val) == (4 if form == "split" else 2)
+    if form != "shards":  # the folders are class folders too
+        assert open_dataset(DataConfig(root=str(out))).num_classes == 2
+
+
+def test_class_folders_with_a_bad_video(
+    tmp_path: Path, make_video: MakeVideo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for k in range(8):
+        make_video(f"in/{k % 2}/{k}.webm", num_frames=3, video=k)
+    root = tmp_path / "in"
+    data = DataConfig(root=str(root), val_fraction=0.4)
+    bad = open_dataset(data).train[0]
+    bad.path.write_bytes(b"x" * 100)
+    source = ["--root", str(root), "--data.val_fraction", "0.4"]
+    assert main(["data", "stats", *source]) == 3
+    assert f"`accel data check --root {root} --data.val_fraction 0.4`" in capsys.readouterr().out
+    assert main(["data", "check", *source]) == 3
+    capsys.readouterr()
+    assert len(open_dataset(replace(data, deny_list="deny.txt")).train) == 3
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["data", "prepare", *source, *out]) == 3
+    assert "train.txt: 1 of 4 videos are missing in the copy" in capsys.readouterr().out
+
+    for wrong, problem in (
+        ([*source, "--out", str(root / "small")], "--out: expected a folder outside of --root"),
+        ([*source, *out, "--list", "train.txt"], "--val-fraction: is for class folders"),
+        ([*source[:2], *out, "--data.val_fraction", "2"], "data.val_fraction: "),
+    ):
+        assert main(["data", "prepare", *wrong]) == 2
+        assert problem in capsys.readouterr().err
+    bad.path.rename(bad.path.with_name("a\tb.webm"))
+    assert main(["data", "prepare", *source, "--out", str(tmp_path / "other")]) == 3
+    assert "which no list can hold; rename it" in capsys.readouterr().err

@@ -120,7 +120,7 @@ def test_the_audit_names_all_and_its_deny_list_serves(root, capsys) -> None:
         "slide/train_0002",
     ]
     assert accel([*command, "--list", "train.txt"]) == 2
-    assert "either --list or --tubes" in capsys.readouterr().err
+    assert "expected --list or --tubes, got both" in capsys.readouterr().err
 
 
 def test_a_sound_set_passes_the_audit(source, capsys) -> None:
