@@ -4,12 +4,12 @@ Frame counts in headers are not trusted: frames are counted from the packets, or
 packets and frames do not correspond.
 """
 
-import mmap
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.containers import find_damage
+from pipelines.containers import FileWindow, find_damage
 from pipelines.errors import MediaError
 from pipelines.matroska import can_hold
 from pipelines.packets import PacketTable, make_table
@@ -150,19 +150,39 @@ def probe(path: Path) -> MediaInfo:
     Raises:
         MediaError: missing, empty, no video, audio only, cut off, damaged, or without frames.
     """
-    import av
-
     try:
-        size_bytes = path.stat().st_size
+        path.stat()  # says why it is no file, if it does not exist
         if not path.is_file():
             raise MediaError(path, "expected a video file, got a folder or device.")
-        damage = find_damage(path)
+        handle = path.open("rb", buffering=0)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise MediaError(
-            path, f"cannot be read: {reason}; check the list and data.root."
-        ) from error
-    if damage:
+        raise _unreadable(path, error) from error
+    with handle:
+        try:
+            file = FileWindow(handle.fileno())
+            try:
+                return _probe(path, file)
+            finally:  # what was found may come of it
+                _refuse_change(path, file.size_bytes, os.fstat(handle.fileno()).st_size)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+
+
+def _refuse_change(path: Path, before: int, now: int) -> None:
+    if now != before:
+        problem = f"its size changed from {before} to {now} bytes while it was looked at"
+        raise MediaError(path, f"{problem}; let whatever writes it finish, then start again.")
+
+
+def _unreadable(path: Path, error: OSError | ValueError) -> MediaError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return MediaError(path, f"cannot be read: {reason}; check the list and data.root.")
+
+
+def _probe(path: Path, file: FileWindow) -> MediaInfo:
+    import av
+
+    if damage := find_damage(file):
         raise MediaError(path, damage)
     with open_video(path) as container:
         if not container.streams.video:
@@ -180,7 +200,7 @@ def probe(path: Path) -> MediaInfo:
             packets = [packet for packet in container.demux(stream) if packet.size]
         except av.FFmpegError as error:
             raise MediaError(path, f"the file is damaged: {error}; copy it again.") from error
-    offsets = _places(path, packets) if name in _STANDALONE else None
+    offsets = _places(file, packets) if name in _STANDALONE else None
     ranks = _ranks_by_time(packets) if name in _ONE_FRAME_PER_PACKET else None
     if ranks is None or "avi" in facts[1].split(","):
         ranks = _ranks_by_decoding(name, header, packets) if offsets else None
@@ -197,20 +217,19 @@ def probe(path: Path) -> MediaInfo:
     regular = table is not None and int(table.ranks.min()) >= 0
     trimmable = table is not None and regular and table.closed and can_hold(name, header)
     kind = StreamKind(*facts, *colors, regular, trimmable)
-    return MediaInfo(kind, width, height, num_frames, size_bytes, table)
+    return MediaInfo(kind, width, height, num_frames, file.size_bytes, table)
 
 
-def _places(path: Path, packets: list[Any]) -> list[int] | None:
+def _places(file: FileWindow, packets: list[Any]) -> list[int] | None:
     """Where the bytes of each packet stand in the file; None = not as they are, or not in a row."""
     offsets = []
-    with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for packet in packets:
-            if packet.pos is None or packet.has_sidedata("new_extradata"):
-                return None
-            end = packet.pos + packet.size + _BLOCK_HEADER_BYTES
-            offsets.append(data.find(bytes(packet), packet.pos, end))
-            if offsets[-1] < 0:
-                return None
+    for packet in packets:
+        if packet.pos is None or packet.has_sidedata("new_extradata"):
+            return None
+        end = packet.pos + packet.size + _BLOCK_HEADER_BYTES
+        offsets.append(file.find(bytes(packet), packet.pos, end))
+        if offsets[-1] < 0:
+            return None
     return offsets
 
 

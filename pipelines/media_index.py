@@ -285,6 +285,7 @@ def _probe_all(
     progress: bool,
     frame_name: str,
 ) -> dict[int, MediaError]:
+    """Fills `results`; path hash -> why a file cannot be used, in two attempts."""
     failures = {}
     open_shard = shard_opener()
     hidden = not progress or not sys.stderr.isatty()
@@ -298,6 +299,12 @@ def _probe_all(
                 failures[key] = outcome
             else:
                 results[key] = outcome
+        second = [missing[key] for key in failures]  # network disks have moments
+        outcomes = pool.map(lambda record: _probed(record, frame_name, open_shard), second)
+        for key, outcome in zip(list(failures), outcomes, strict=True):
+            if not isinstance(outcome, MediaError):
+                results[key] = outcome
+                del failures[key]
     return failures
 
 

@@ -3,8 +3,12 @@
 Row D1 of the fault matrix.
 """
 
+import errno
+import os
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -199,3 +203,74 @@ def test_damaged_files_are_indexed_or_refused(
         return
     assert info.num_frames >= 1 and info.width > 0 and info.height > 0
     assert info.packets is None or len(info.packets.packet_of_frame) == info.num_frames
+
+
+CUT_WHILE_PROBED = """
+import os, sys
+from pathlib import Path
+from pipelines import containers, media
+
+path = Path(sys.argv[1])
+content = path.read_bytes()
+for module, name in (
+    (containers, "_matroska_damage"), (media, "open_video"), (media, "_ranks_by_time"),
+    (media, "_places"), (media, "make_table"),
+):
+    path.write_bytes(content)
+    media.probe(path)
+    function = getattr(module, name)
+
+    def cut(*arguments):
+        os.truncate(path, 5000)
+        return function(*arguments)
+
+    setattr(module, name, cut)
+    try:
+        print("got", media.probe(path).num_frames)
+    except media.MediaError as error:
+        print(error)
+    setattr(module, name, function)
+"""
+
+
+def test_a_file_that_is_cut_while_it_is_probed(make_video: MakeVideo) -> None:
+    """No read of it can kill the process, as a page of a memory map would (SIGBUS)."""
+    path = make_video("a.mkv", codec="mjpeg", pixel_format="yuvj420p", width=960, height=720)
+    size = path.stat().st_size
+    assert size > 3 * 65_536
+    command = [sys.executable, "-c", CUT_WHILE_PROBED, str(path)]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    assert answer.returncode == 0, (answer.returncode, answer.stderr)
+    change = f"{path}: its size changed from {size} to 5000 bytes while it was looked at"
+    lines = answer.stdout.splitlines()
+    assert len(lines) == 5 and all(line.startswith(change) for line in lines), lines
+
+
+def test_disks_that_give_parts_or_fail(
+    make_video: MakeVideo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_video("a.mkv", codec="mjpeg", pixel_format="yuvj420p", width=640, height=480)
+    expected = probe(path)
+    assert expected.packets is not None
+    read, calls, last = os.pread, 0, 0
+
+    def in_parts(handle: int, count: int, place: int) -> bytes:
+        return read(handle, min(count, 999), place)
+
+    monkeypatch.setattr("os.pread", in_parts)
+    got = probe(path)
+    assert got.packets is not None and got.packets.pack() == expected.packets.pack()
+
+    def failing(handle: int, count: int, place: int) -> bytes:
+        nonlocal calls
+        calls += 1
+        if calls == last:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(handle, count, place)
+
+    monkeypatch.setattr("os.pread", failing)
+    probe(path)
+    for last in range(1, calls + 1):
+        calls = 0
+        with pytest.raises(MediaError, match=r"a\.mkv: cannot be read: Input/output error"):
+            probe(path)

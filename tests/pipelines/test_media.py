@@ -1,6 +1,9 @@
 """The media index: what is in a file, and the cache."""
 
+import errno
 import logging
+import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -149,6 +152,31 @@ def test_several_failures_are_one_message(make_video: MakeVideo, tmp_path: Path)
         DataError, match=r"5 of 6 videos cannot be used, allowed 0 .*: .*0\.webm.*2\.webm.*\.\.\."
     ):
         index(paths, tmp_path, 2)
+
+
+def test_a_file_is_given_up_after_the_second_attempt(
+    make_video: MakeVideo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D5: the first read of every file fails, as on a network disk that has its moments."""
+    paths = [make_video(f"{k}.webm", num_frames=4 + k) for k in range(3)]
+    read, attempts = os.pread, Counter[str]()
+
+    def flaky(handle: int, count: int, place: int) -> bytes:
+        name = os.readlink(f"/proc/self/fd/{handle}")
+        if name.endswith(".webm"):
+            attempts[name] += 1
+            if attempts[name] == 1 or name.endswith(broken):
+                raise OSError(errno.EIO, "Input/output error")
+        return read(handle, count, place)
+
+    monkeypatch.setattr("os.pread", flaky)
+    broken = "no file"
+    assert index(paths, tmp_path / "first").num_frames.tolist() == [4, 5, 6]
+    attempts.clear()
+    broken = "1.webm"
+    with pytest.raises(MediaError, match=r"1\.webm: cannot be read: Input/output error"):
+        index(paths, tmp_path / "second")
+    assert attempts[str(paths[1])] == 2
 
 
 def test_cache_folder_that_cannot_be_written(make_video: MakeVideo, tmp_path: Path) -> None:
