@@ -75,7 +75,8 @@ def read_frames(
                 expected = f"expected frames of {sample.info.width} x {sample.info.height} px"
                 problem = f"{expected}, got {frame.width} x {frame.height}."
                 raise MediaError(sample.path, problem)
-            plane = reformatter.reformat(frame, format="rgb24").planes[0]
+            # One thread: the default is a pool per reformatter, one thread for each core.
+            plane = reformatter.reformat(frame, format="rgb24", threads=1).planes[0]
             rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
             cut = rows[y0 : y0 + height, 3 * x0 : 3 * (x0 + width)]
             pixels[wanted[index]] = cut.reshape(height, width, 3)

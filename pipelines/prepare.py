@@ -337,6 +337,7 @@ def _encode(
                     dst_colorspace="ITU601",
                     dst_color_range="MPEG",
                     interpolation="AREA" if scale < 1 else "BICUBIC",
+                    threads=1,
                 )
                 scaled.pts, scaled.time_base = index, 1 / rate
                 scaled.pict_type = 0  # the encoder decides, not the original

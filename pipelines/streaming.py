@@ -52,7 +52,7 @@ def read_frames(source: str) -> Iterator[np.ndarray]:
         try:
             for frame in container.decode(video=0):
                 count += 1
-                yield frame.to_ndarray(format="rgb24")
+                yield frame.to_ndarray(format="rgb24", threads=1)
         except av.FFmpegError as error:
             raise MediaError(source, f"is damaged after frame {count}: {error}.") from error
     if not count:

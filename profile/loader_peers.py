@@ -27,7 +27,7 @@ def _pyav_sequential(path: str, indices: Sequence[int]) -> np.ndarray:
         container.streams.video[0].thread_type = "NONE"
         for index, frame in enumerate(container.decode(video=0)):
             if index == indices[len(frames)]:
-                frames.append(frame.to_ndarray(format="rgb24"))
+                frames.append(frame.to_ndarray(format="rgb24", threads=1))
                 if len(frames) == len(indices):
                     break
     return np.stack(frames)
@@ -50,7 +50,7 @@ def _pyav_seek(path: str, indices: Sequence[int]) -> np.ndarray:
                 container.seek(wanted, stream=stream)
             for frame in container.decode(stream):
                 if frame.pts >= wanted - step / 2:
-                    frames.append(frame.to_ndarray(format="rgb24"))
+                    frames.append(frame.to_ndarray(format="rgb24", threads=1))
                     break
             last = index
     return np.stack(frames)

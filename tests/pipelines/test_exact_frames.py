@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines import packets
+from pipelines import decode, packets
 from pipelines.datasets import VIDEO_SUFFIXES
 from pipelines.decode import DecodeCounts, read_frames
 from pipelines.geometry import View
@@ -53,6 +53,18 @@ def test_real_clips_equal_a_full_decode(path: Path) -> None:
         for frame, index in zip(frames, indices, strict=True):
             assert np.array_equal(frame, reference[int(index)]), int(index)
     assert counts.keys() == {"whole" if info.kind.codec == "mpeg4" else "trimmed"}
+
+
+def test_conversion_to_rgb_starts_no_threads(
+    make_video: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyAV's default is a pool of one thread per core (on one core this test cannot fail)."""
+    path = make_video("a.mp4", codec="libx264")
+    kept = decode._reformatter()  # its threads would live as long as it
+    monkeypatch.setattr(decode, "_reformatter", lambda: kept)
+    before = set(os.listdir("/proc/self/task"))
+    read_frames(whole_frames(path, probe(path), np.arange(4)))
+    assert set(os.listdir("/proc/self/task")) <= before
 
 
 VFR_TIMES = np.cumsum(np.arange(60) % 5 + 1).tolist()
