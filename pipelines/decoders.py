@@ -5,7 +5,6 @@ against each other, and keeps the fastest. The outcome is remembered beside the 
 every rank decodes alike; a run that goes on from a checkpoint takes the decoder named there.
 """
 
-import functools
 import importlib.metadata
 import importlib.util
 import itertools
@@ -13,20 +12,20 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 
 from pipelines.cache import locked, replace_bytes
 from pipelines.config import LoaderConfig
-from pipelines.dali_video import DaliVideo, video_operator
-from pipelines.decode import DecodeCounts, read_frames
+from pipelines.dali_video import video_operator
+from pipelines.decode import DecodeCounts
+from pipelines.decoder_settings import Decoder, DecoderSettings
 from pipelines.errors import DataError, MediaError
-from pipelines.fallback import PyavVideo
-from pipelines.source import Sample, SampleSource
+from pipelines.harmful import note
+from pipelines.in_flight import InFlight
+from pipelines.source import SampleSource
 
 _LOG = logging.getLogger(__name__)
 _FEWEST_VIDEOS = 64
@@ -36,17 +35,9 @@ _MOST_DIFFERENCE = 12.0
 Rounding gives below 2, BT.601 instead of BT.709 below 10."""
 
 
-class Decoder(Protocol):
-    """Reads samples in two steps, so that reading one group goes on while another is finished."""
-
-    def submit(self, samples: Sequence[Sample]) -> list[Future[Any]]: ...
-    def finish(self, submitted: list[Future[Any]]) -> torch.Tensor: ...
-    def close(self) -> None: ...
-
-
 @dataclass(frozen=True)
 class DecoderPlan:
-    """Everything a decoder is built from."""
+    """What is to be decoded, and how."""
 
     source: SampleSource
     antialias: bool
@@ -59,29 +50,28 @@ class DecoderPlan:
     counts: DecodeCounts | None = None
     """Gets how PyAV read each clip."""
 
-    def build(self, name: str) -> Decoder:
-        """The decoder `name`: "dali", "dali_gpu" or "pyav"."""
+    in_flight: InFlight | None = None
+    """Gets what is being decoded."""
+
+    def settings(self, name: str) -> DecoderSettings:
+        """Of the decoder `name`: "dali", "dali_gpu" or "pyav"."""
         source = self.source
-        if not self.dali:
-            return PyavVideo(
-                threads=self.threads,
-                size=source.size,
-                antialias=self.antialias,
-                counts=self.counts,
-            )
-        return DaliVideo(
-            max_samples=self.max_samples,
-            max_frames=source.max_frames,
-            threads=self.threads,
+        return DecoderSettings(
+            name=name,
+            dali=self.dali,
             size=source.size,
             antialias=self.antialias,
-            read_frames=functools.partial(read_frames, counts=self.counts)
-            if name == "pyav"
-            else None,
+            threads=self.threads,
+            max_samples=self.max_samples,
+            max_frames=source.max_frames,
             images=source.infos.are_frames,
             device_id=(self.device.index or 0) if name == "dali_gpu" else None,
             steps=source.steps,
         )
+
+    def build(self, name: str) -> Decoder:
+        """The decoder `name`."""
+        return self.settings(name).build(self.counts)
 
     def problems(self) -> dict[str, tuple[Path | None, str]]:
         """Decoders that cannot read the set: name -> (a file, reason)."""
@@ -211,6 +201,7 @@ def measure(plan: DecoderPlan, names: Sequence[str]) -> tuple[dict[str, float], 
         decoder: Decoder | None = None
         try:
             decoder = plan.build(name)
+            note(plan.in_flight, plan.settings(name), picked)
             clips = decoder.finish(decoder.submit(groups[0])).cpu()
             if reference is None:
                 reference = clips
@@ -230,6 +221,7 @@ def measure(plan: DecoderPlan, names: Sequence[str]) -> tuple[dict[str, float], 
         finally:
             if decoder is not None:
                 decoder.close()
+            note(plan.in_flight, plan.settings(name), ())
     if not rates:  # the first batch will say what is wrong
         rates["pyav"] = 0.0
     return rates, failed

@@ -17,6 +17,8 @@ from pipelines.datasets import Dataset
 from pipelines.decode import DecodeCounts
 from pipelines.decoders import DecoderPlan, choose_decoder
 from pipelines.errors import DataError
+from pipelines.harmful import leave_out_harmful, note
+from pipelines.in_flight import InFlight
 from pipelines.media import MediaInfo
 from pipelines.media_index import index_videos
 from pipelines.order import Split, train_positions, val_positions
@@ -86,6 +88,12 @@ def build_loader(
         )
     if quarantine is None:
         quarantine = Quarantine(videos, split=split, max_bad_fraction=dataset.max_bad_fraction)
+    leave_out_harmful(
+        videos,
+        cache_dir=dataset.cache_dir,
+        frame_name=dataset.frame_name,
+        timeout_s=loader.timeout_s,
+    )
     infos = index_videos(
         videos,
         cache_dir=dataset.cache_dir,
@@ -93,6 +101,7 @@ def build_loader(
         progress=rank == 0,
         frame_name=dataset.frame_name,
         tolerated=quarantine.tolerated,
+        timeout_s=loader.timeout_s,
     )
     quarantine.add_all(infos.problems.items())
     source = SampleSource(
@@ -166,6 +175,10 @@ class Loader:
         self._group = max(1, math.ceil(videos / micro_batch))
         earlier, _, scaler = trained_with.partition(_SCALED_BY)
         torch_scales = scaler == "torch" and loader.decoder in ("auto", earlier)
+        in_flight = InFlight(source.infos.path.parent, source.infos.path.stem)
+        self._state = _State(in_flight)
+        # Also runs at the interpreter's exit, before the threads would be torn down.
+        self._finalizer = weakref.finalize(self, self._state.release)
         self._plan = DecoderPlan(
             source=source,
             antialias=augment.antialias,
@@ -174,6 +187,7 @@ class Loader:
             device=device,
             dali=decoders.dali_installed() and not torch_scales,
             counts=DecodeCounts(),
+            in_flight=in_flight,
         )
         remembered = source.infos.path.with_suffix(".decoder.json")
         self._backend, self.description = choose_decoder(self._plan, loader, remembered, earlier)
@@ -187,9 +201,6 @@ class Loader:
             text = f"; {total} of {len(source)} videos are decoded from the start of their file"
             self.description += f"{text} ({named})"
         self.backend = f"{self._backend}{_SCALED_BY}{'dali' if self._plan.dali else 'torch'}"
-        self._state = _State()
-        # Also runs at the interpreter's exit, before the threads would be torn down.
-        self._finalizer = weakref.finalize(self, self._state.release)
 
     @property
     def num_views(self) -> int:
@@ -245,7 +256,9 @@ class Loader:
         self._state.stop()
         if self._state.decoder is None:
             build = functools.partial(self._plan.build, self._backend)
-            self._state.decoder = GroupDecoder(build, self.quarantine)
+            settings = self._plan.settings(self._backend)
+            reading = functools.partial(note, self._plan.in_flight, settings)
+            self._state.decoder = GroupDecoder(build, self.quarantine, reading)
         length = max(1, math.ceil(self._config.prefetch / self._group))
         decoder = self._state.decoder
         decoder.unread.clear()  # each evaluation tries them again
@@ -360,16 +373,18 @@ class Loader:
 
 
 class _State:
-    """What must be ended: the running epoch and the decoder."""
+    """What must be ended: the running epoch, the decoder, and the note of what it reads."""
 
-    def __init__(self) -> None:
+    def __init__(self, in_flight: InFlight) -> None:
         self.run: Prefetcher | None = None
         self.decoder: GroupDecoder | None = None
+        self._in_flight = in_flight
 
     def stop(self) -> None:
         if self.run is not None and not self.run.stop() and self.decoder is not None:
             self.decoder.close()  # its thread hangs in it
             self.decoder = None
+            self._in_flight.keep()  # the next start finds out in what
         if self.decoder is not None:
             self.decoder.forget()
         self.run = None
@@ -379,3 +394,4 @@ class _State:
         if self.decoder is not None:
             self.decoder.close()
             self.decoder = None
+        self._in_flight.remove()

@@ -1,10 +1,15 @@
-"""A pool of threads that a blocked read cannot keep a process alive with."""
+"""Threads that a blocked read cannot keep a process alive with, and processes beside this one."""
 
+import ctypes
 import queue
+import signal
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
+
+import torch
 
 _T = TypeVar("_T")
 
@@ -59,3 +64,11 @@ def _work(tasks: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
     while (task := tasks.get()) is not None:
         task()
         del task  # and what it holds, while waiting for the next one
+
+
+def start_worker() -> None:
+    """One thread each; Ctrl-C is the parent's business, and nobody outlives the parent."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from pipelines.decode import read_frames
-from pipelines.decoders import Decoder
+from pipelines.decoder_settings import Decoder
 from pipelines.errors import DataError
 from pipelines.quarantine import Quarantine
 from pipelines.shards import find_media_damage
@@ -56,11 +56,18 @@ class GroupDecoder:
     Args:
         build: makes a decoder.
         quarantine: gets the samples that cannot be read.
+        note: is told, before it begins, what is being read from now on.
     """
 
-    def __init__(self, build: Callable[[], Decoder], quarantine: Quarantine) -> None:
+    def __init__(
+        self,
+        build: Callable[[], Decoder],
+        quarantine: Quarantine,
+        note: Callable[[list[Sample]], None],
+    ) -> None:
         self._build = build
         self._quarantine = quarantine
+        self._note = note
         self.unread: set[int] = set()
         """Ids of samples that could not be read, until somebody empties it."""
         self._decoder = build()
@@ -69,8 +76,8 @@ class GroupDecoder:
     def submit(self, pick: Pick) -> Submitted:
         """Begin to read a group."""
         submitted = Submitted(pick, [], self._decoder, [])
-        self._submit(submitted)
         self._submitted.append(submitted)
+        self._submit(submitted)
         return submitted
 
     def finish(self, submitted: Submitted) -> tuple[list[list[Sample]], torch.Tensor | None]:
@@ -129,6 +136,7 @@ class GroupDecoder:
             for result in group.results:
                 result.cancel()
         self._submitted = []
+        self._note([])
 
     def close(self) -> None:
         """Release the decoder."""
@@ -137,6 +145,7 @@ class GroupDecoder:
     def _submit(self, submitted: Submitted) -> None:
         submitted.batches = submitted.pick()
         submitted.decoder = self._decoder
+        self._note([sample for group in self._submitted for sample in group.samples])
         submitted.results = self._decoder.submit(submitted.samples)
 
     def _clips(self, submitted: Submitted) -> torch.Tensor:

@@ -21,8 +21,8 @@ from pipelines.geometry import (
     random_resized_view,
     resized_short_side,
 )
+from pipelines.index_file import MediaIndex
 from pipelines.media import MediaInfo
-from pipelines.media_index import MediaIndex
 from pipelines.order import Purpose, Split, epoch_order, generator
 
 _MOST_DRAWS = 10_000  # of a replacement

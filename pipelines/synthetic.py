@@ -8,7 +8,6 @@ motion's reverse is a class too, with the same frames in the opposite order: wit
 network cannot tell the two apart.
 """
 
-import ctypes
 import functools
 import hashlib
 import json
@@ -16,7 +15,6 @@ import logging
 import math
 import multiprocessing
 import os
-import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
@@ -30,6 +28,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from pipelines.cache import write_once
+from pipelines.pool import start_worker
 
 _LOG = logging.getLogger(__name__)
 
@@ -102,21 +101,13 @@ def _write_set(folder: Path, seed: int, sizes: dict[str, int], progress: bool) -
     workers = min(8, len(affinity(0)) if affinity else os.cpu_count() or 1)
     # spawn: a fork of a process with threads (torch, DALI) may deadlock.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker) as pool:
         try:
             for _ in bar(pool.map(_write_clip, jobs, chunksize=8)):
                 pass
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _start_worker() -> None:
-    """One thread each; Ctrl-C is the parent's business, and nobody outlives the parent."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
 
 
 def _write_clip(job: tuple[int, str, int, str]) -> None:

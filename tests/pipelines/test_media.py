@@ -12,8 +12,9 @@ import pytest
 from pipelines import shards
 from pipelines.annotations import VideoSet
 from pipelines.errors import DataError, MediaError
+from pipelines.index_file import MediaIndex
 from pipelines.media import MediaInfo, probe
-from pipelines.media_index import MediaIndex, index_videos
+from pipelines.media_index import index_videos
 
 
 def index(paths: Sequence[Path], cache: Path, threads: int = 2) -> MediaIndex:

@@ -1,0 +1,116 @@
+"""Videos that kill the process that decodes them, or never come back: they get into the index.
+
+While a decoder reads, its samples stand in a file beside the index (`pipelines.in_flight`). One
+that a dead process left behind is examined when the next loader of these videos is opened: each
+sample is decoded alone, by the same decoder, in a process that may die. The index then says of the
+guilty ones that they cannot be used, for as long as the files stay as they are.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.annotations import VideoSet
+from pipelines.cache import locked
+from pipelines.decoder_settings import DecoderSettings
+from pipelines.geometry import View
+from pipelines.in_flight import InFlight, find_harmful, left_behind
+from pipelines.index_file import MediaIndex, mark_unusable, read_index
+from pipelines.media_index import index_path, stamp_of
+from pipelines.source import Sample, Steps
+
+_LOG = logging.getLogger(__name__)
+
+
+def note(in_flight: InFlight | None, settings: DecoderSettings, samples: Sequence[Sample]) -> None:
+    """Put down what is being decoded from now on, in place of what was; nothing, if there is no
+    sample."""
+    if in_flight is None:
+        return
+    plain = [
+        {
+            "id": sample.sample_id,
+            "frames": sample.frame_indices.tolist(),
+            "views": [asdict(view) for view in sample.views],
+        }
+        for sample in samples
+    ]
+    in_flight.write({"decoder": asdict(settings), "samples": plain} if plain else {})
+
+
+def leave_out_harmful(
+    videos: VideoSet, *, cache_dir: Path, frame_name: str, timeout_s: float
+) -> None:
+    """Examine what processes that are dead were reading; mark in the index what must not be read.
+
+    Args:
+        videos, cache_dir, frame_name: as for `index_videos`, which reads the index afterwards.
+        timeout_s: longest wait for one sample.
+
+    Raises:
+        DataError: several samples in a row never come back.
+    """
+    path = index_path(videos, cache_dir, frame_name)
+    with locked(path.with_suffix(".lock")):  # other ranks wait
+        for left, content in left_behind(path.parent, path.stem):
+            rows = read_index(path, len(videos))
+            if content and rows is not None:
+                _examine(content, videos, MediaIndex(path, *rows), timeout_s)
+            left.unlink(missing_ok=True)
+
+
+def _examine(content: Any, videos: VideoSet, index: MediaIndex, timeout_s: float) -> None:
+    try:
+        settings, samples = _parsed(content, videos, index)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        _LOG.warning(
+            "%s: ignoring what another version of accel was reading (%r)", index.path, error
+        )
+        return
+    if not samples:
+        return
+    named = ", ".join(sample.path.name for sample in samples[:3]) + ", ..." * (len(samples) > 3)
+    _LOG.info("a process died while it read %s; each is decoded alone, by another one", named)
+    task = functools.partial(_decode_each, settings)
+    found = find_harmful(task, samples, timeout_s=timeout_s)
+    mark_unusable(index.path, {samples[k].sample_id: what for k, what in found.items()})
+
+
+def _parsed(
+    content: Any, videos: VideoSet, index: MediaIndex
+) -> tuple[DecoderSettings, list[Sample]]:
+    """The decoder, and those samples whose files are as they were."""
+    facts = content["decoder"]
+    settings = DecoderSettings(**{**facts, "steps": Steps(**facts["steps"])})
+    samples = []
+    for plain in content["samples"]:
+        place = plain["id"]
+        record = videos[place]
+        if place in index.problems or stamp_of(record) != index.stamp(place):
+            continue
+        views = tuple(
+            View(tuple(view["resized"]), tuple(view["window"]), view["flip"])
+            for view in plain["views"]
+        )
+        frames = np.array(plain["frames"], np.int64)
+        samples.append(Sample(place, record.path, frames, views, record.label, index[place]))
+    return settings, samples
+
+
+def _decode_each(
+    settings: DecoderSettings, samples: Sequence[Sample], report: Callable[[int], None]
+) -> None:
+    decoder = settings.build()
+    for number, sample in enumerate(samples):
+        report(number)
+        try:
+            decoder.finish(decoder.submit([sample]))
+        except Exception:  # the run itself will meet it, and knows what to do
+            decoder.close()  # a pipeline of DALI is not valid after an error
+            decoder = settings.build()
+    decoder.close()

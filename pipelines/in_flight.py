@@ -1,0 +1,220 @@
+"""What is being read at the moment, in a file that outlives its process; and who was to blame.
+
+A segmentation fault in a codec, or a read that never returns, leaves no Python code to say which
+video it was. So the videos in flight stand in a small file, locked by its process. Whoever finds
+one without an owner reads each of its videos once more, alone, in a process that may die.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import multiprocessing
+import os
+import resource
+import signal
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipelines.errors import DataError
+from pipelines.pool import start_worker
+
+_T = TypeVar("_T")
+_LOG = logging.getLogger(__name__)
+_START_S = 120.0  # for a process to import what it needs, on a busy machine
+_MOST_HANGS = 3  # of single videos; more of them are the storage's
+_GUILTY = frozenset(
+    (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP)
+)
+
+Task = Callable[[Sequence[_T], Callable[[int], None]], None]
+"""Reads items one after the other, telling the number of each before; raises for none of them."""
+
+
+class InFlight:
+    """A file `<stem>.reading-*` beside others, of which only the last content counts.
+
+    Args:
+        folder: where it is kept; made with the first content.
+        stem: first part of its name, common to all that may be examined together.
+    """
+
+    def __init__(self, folder: Path, stem: str) -> None:
+        self._folder, self._stem = folder, stem
+        self._file: int | None = None
+        self._path: Path | None = None
+        self._usable = True
+        self._lock = threading.Lock()
+
+    def write(self, content: Any) -> None:
+        """Replace the content by something that JSON can hold; an empty one = nothing."""
+        with self._lock:
+            self._write(content)
+
+    def _write(self, content: Any) -> None:
+        if self._file is None and content:
+            self._open()
+        if self._file is None:
+            return
+        # One line: what may be left of a longer one behind it does not count. Not synced to the
+        # disk: this is about the end of a process, not of the machine.
+        line = json.dumps(content).encode() + b"\n"
+        with contextlib.suppress(OSError):  # a full disk is no reason to end
+            os.pwrite(self._file, line, 0)
+            os.ftruncate(self._file, len(line))
+
+    def keep(self) -> None:
+        """Leave the file behind for the next start; what is written from now on is in another."""
+        with self._lock:
+            self._close()
+
+    def remove(self) -> None:
+        """Remove the file: whatever was read has been read."""
+        with self._lock:
+            path = self._path
+            self._close()
+        if path is not None:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = self._path = None
+
+    def _open(self) -> None:
+        if not self._usable:
+            return
+        name = uuid.uuid4().hex
+        temporary = self._folder / f"{self._stem}.tmp-{name}"
+        handle = None
+        try:
+            handle = os.open(temporary, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # before anybody can find it
+            self._path = self._folder / f"{self._stem}.reading-{name}"
+            temporary.rename(self._path)
+            self._file = handle
+        except OSError as error:  # no locks here, or a folder that cannot be written
+            self._usable, self._path = False, None
+            _LOG.debug("%s: what is being read is not recorded (%s)", self._folder, error)
+            if handle is not None:
+                os.close(handle)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def left_behind(folder: Path, stem: str) -> Iterator[tuple[Path, Any]]:
+    """The files of processes that ended without removing theirs, and their contents."""
+    for path in sorted(folder.glob(f"{stem}.reading-*")):
+        with contextlib.suppress(OSError), path.open("rb") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                content = json.loads(handle.readline() or b"null")
+            except BlockingIOError:  # its process lives
+                continue
+            except ValueError:
+                content = None
+            yield path, content
+
+
+def find_harmful(task: Task[_T], items: Sequence[_T], *, timeout_s: float) -> dict[int, str]:
+    """Which items kill the process that reads them, or never come back: number -> what they do.
+
+    Args:
+        task: reads them; a function of a module, or a partial of one.
+        items: that can be pickled.
+        timeout_s: longest wait for one item.
+
+    Raises:
+        DataError: several in a row never come back: that is the storage.
+    """
+    found: dict[int, str] = {}
+    hangs = first = 0
+    while first < len(items):
+        current = -1
+        end: End | None = None
+        for message in messages(_read_all, (task, items[first:]), timeout_s=timeout_s):
+            if isinstance(message, End):
+                end = message
+            else:
+                current = message
+        if end is None or current < 0:
+            break
+        if end.guilty:
+            found[first + current] = end.what
+            hangs = hangs + 1 if end.hung else 0
+        if hangs > _MOST_HANGS:
+            raise DataError(
+                f"{hangs} videos in a row cannot be read within {timeout_s:g} s each; check the "
+                "storage."
+            )
+        first += current + 1
+    return found
+
+
+@dataclass(frozen=True)
+class End:
+    """How a process ended that was not done."""
+
+    what: str
+    """As one says it of the video that it was reading."""
+
+    guilty: bool
+    """Whether the video did it, and not somebody else."""
+
+    hung: bool = False
+
+
+def messages(
+    function: Callable[..., None], arguments: tuple[Any, ...], *, timeout_s: float
+) -> Iterator[Any]:
+    """What a function sends from a process of its own; last an `End`, if it does not return.
+
+    Args:
+        function: of a module; called with a function that sends, and with the arguments.
+        arguments: that can be pickled.
+        timeout_s: longest wait between two messages.
+    """
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may deadlock
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(function, arguments, sender), daemon=True)
+    process.start()
+    sender.close()
+    wait_s = max(timeout_s, _START_S)
+    try:
+        while receiver.poll(wait_s):
+            message = receiver.recv()
+            if message is None:
+                return
+            yield message
+            wait_s = timeout_s
+        yield End(f"hangs: not read within {wait_s:g} s", guilty=True, hung=True)
+    except EOFError:
+        process.join()
+        code = process.exitcode or 0
+        if -code in _GUILTY:
+            name = signal.Signals(-code).name
+            yield End(f"kills the process that reads it ({name})", guilty=True)
+        else:
+            _LOG.warning("a process that looks at videos ended with exit code %d", code)
+            yield End(f"the process that reads it ended with exit code {code}", guilty=False)
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+
+
+def _run(function: Callable[..., None], arguments: tuple[Any, ...], sender: Connection) -> None:
+    start_worker()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    function(sender.send, *arguments)
+    sender.send(None)
+
+
+def _read_all(send: Callable[[int], None], task: Task[_T], items: Sequence[_T]) -> None:
+    task(items, send)

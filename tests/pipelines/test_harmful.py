@@ -1,0 +1,324 @@
+"""Videos that kill the process that reads them, or never come back: row D4 of the fault matrix.
+
+The faults are real ones, in real processes: a module that Python imports at its start makes the
+functions that open or decode a video crash, or sleep, for one of them.
+"""
+
+import contextlib
+import errno
+import importlib
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines import decoders, in_flight
+from pipelines.config import AugmentConfig, LoaderConfig, SamplingConfig
+from pipelines.datasets import Dataset
+from pipelines.errors import DataError, MediaError
+from pipelines.in_flight import InFlight, find_harmful, left_behind
+from pipelines.loader import Loader, build_loader
+from pipelines.media_index import index_videos
+from pipelines.quarantine import Quarantine
+
+MakeVideo = Callable[..., Path]
+MakeDataset = Callable[[Sequence[Path]], Dataset]
+VICTIM = 5
+DECODERS = [
+    pytest.param("dali", marks=pytest.mark.needs_dali_video),
+    pytest.param("pyav", marks=pytest.mark.needs_dali),
+    "torch",
+]
+FAULTS = {
+    "crash": "ctypes.string_at(0)",
+    "hang": "time.sleep(10**6)",
+    "kill": "os.kill(os.getpid(), 9) if os.environ.get('KILLED') else None",
+}
+# Named like the module that Python imports at its start, from the environment's PYTHONPATH.
+SITECUSTOMIZE = """
+import ctypes, os, time
+import {module} as module
+original = module.{function}
+
+def faulty(first, *arguments, **options):
+    if "{victim:02d}." in str(getattr(first, "path", first)):
+        {fault}
+    return original(first, *arguments, **options)
+
+module.{function} = faulty
+"""
+FAULTY = {
+    "dali": ("pipelines.trim", "trimmed_stream"),
+    "pyav": ("pipelines.decode", "read_frames"),
+    "torch": ("pipelines.decode", "read_frames"),
+    "probe": ("pipelines.media", "open_video"),
+}
+DRIVER = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_harmful import open_loader, videos_of
+list(open_loader(videos_of(Path({root!r})), {split!r}, decoder={decoder!r}).epoch(0))
+"""
+
+
+def videos_of(root: Path) -> Dataset:
+    """The twelve videos of the fixture."""
+    from pipelines.annotations import VideoSet
+
+    videos = VideoSet(root, [(f"{k:02d}.webm", k % 3) for k in range(12)])
+    return Dataset(videos, videos, ("a", "b", "c"), root / "cache", max_bad_fraction=0.34)
+
+
+def open_loader(dataset: Dataset, split: str = "train", **changes: Any) -> Loader:
+    decoder = changes.pop("decoder", "torch")
+    name = "pyav" if decoder == "torch" else decoder
+    with pytest.MonkeyPatch.context() as patch:
+        if decoder == "torch":
+            patch.setattr(decoders, "dali_installed", lambda: False)
+        return build_loader(
+            dataset,
+            split=split,
+            sampling=SamplingConfig(num_segments=4),
+            augment=AugmentConfig(size=64, resize=64, scales=(1.0,), flip=False),
+            loader=LoaderConfig(threads=2, decoder=name, timeout_s=5.0, prefetch=1),
+            seed=3,
+            micro_batch=2,
+            global_batch=4,
+            **changes,
+        )
+
+
+def contents(loader: Loader, epoch: int = 0) -> list[Any]:
+    """Ids, pixels (sums) and missing ids of the batches of an epoch."""
+    return [
+        (b.sample_ids.tolist(), b.clips.long().sum((1, 2, 3, 4)).tolist(), b.missing)
+        for b in loader.epoch(epoch)
+    ]
+
+
+@pytest.fixture
+def dataset(make_video: MakeVideo, tmp_path: Path) -> Dataset:
+    """Twelve VP9 clips of 8 frames; a third of them may be bad."""
+    for k in range(12):
+        make_video(f"{k:02d}.webm", num_frames=8, video=k)
+    return videos_of(tmp_path)
+
+
+@pytest.fixture
+def inject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """inject("pyav", "crash"): every process that starts from now on fails so at the victim."""
+    paths = [str(tmp_path / "faults"), str(Path(decoders.__file__).resolve().parents[1])]
+
+    def start(where: str, fault: str) -> None:
+        module, function = FAULTY[where]
+        (tmp_path / "faults").mkdir()
+        (tmp_path / "faults/sitecustomize.py").write_text(
+            SITECUSTOMIZE.format(
+                module=module, function=function, victim=VICTIM, fault=FAULTS[fault]
+            )
+        )
+        monkeypatch.setenv("PYTHONPATH", ":".join(paths))
+
+    return start
+
+
+def run_one_epoch(root: Path, split: str, decoder: str) -> subprocess.CompletedProcess[str]:
+    tests = str(Path(__file__).parent)
+    driver = DRIVER.format(tests=tests, root=str(root), split=split, decoder=decoder)
+    return subprocess.run(
+        [sys.executable, "-c", driver], capture_output=True, text=True, timeout=100
+    )
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_crash_takes_the_video_out(
+    dataset: Dataset, tmp_path: Path, inject: Callable[[str, str], None], decoder: str
+) -> None:
+    """The process dies; the next one knows why, and goes on without the video."""
+    inject(decoder, "crash")
+    died = run_one_epoch(tmp_path, "train", decoder)
+    assert died.returncode == -signal.SIGSEGV, died.stderr
+    assert len(list((tmp_path / "cache/media").glob("*.reading-*"))) == 1
+
+    loader = open_loader(dataset, decoder=decoder)
+    (entry,) = loader.quarantine.entries
+    assert entry.sample_id == VICTIM
+    assert entry.reason == "kills the process that reads it (SIGSEGV)"
+    got = contents(loader)
+    loader.close()
+    assert not list((tmp_path / "cache/media").glob("*.reading-*"))
+
+    expected = open_loader(dataset, decoder=decoder, quarantine=known_bad(dataset))
+    assert contents(expected) == got  # the same stand-in, all others as they were
+    assert VICTIM not in [k for ids, _, _ in got for k in ids]
+
+
+def known_bad(dataset: Dataset) -> Quarantine:
+    quarantine = Quarantine(dataset.train, split="train", max_bad_fraction=0.34)
+    quarantine.add(VICTIM, "known")
+    return quarantine
+
+
+def test_an_evaluation_leaves_it_out_as_wrong(
+    dataset: Dataset, tmp_path: Path, inject: Callable[[str, str], None]
+) -> None:
+    inject("torch", "crash")
+    assert run_one_epoch(tmp_path, "val", "torch").returncode == -signal.SIGSEGV
+    again = run_one_epoch(tmp_path, "val", "torch")  # would die again if it tried
+    assert again.returncode == 0, again.stderr
+    assert "05.webm" in again.stderr and "SIGSEGV" in again.stderr
+    loader = open_loader(dataset, "val")
+    assert [k for _, _, missing in contents(loader) for k in missing] == [VICTIM]
+
+
+def test_a_repaired_video_is_used_again(
+    dataset: Dataset, tmp_path: Path, inject: Callable[[str, str], None]
+) -> None:
+    """What a video did counts for as long as its file stays as it is, and no longer."""
+    inject("torch", "crash")
+    assert run_one_epoch(tmp_path, "train", "torch").returncode == -signal.SIGSEGV
+    assert len(open_loader(dataset).quarantine) == 1
+    assert len(open_loader(dataset).quarantine) == 1  # nothing is examined again
+    path = dataset.train[VICTIM].path
+    path.write_bytes(dataset.train[VICTIM - 1].path.read_bytes())
+    loader = open_loader(dataset)
+    assert len(loader.quarantine) == 0
+    assert VICTIM in [k for epoch in range(2) for ids, _, _ in contents(loader, epoch) for k in ids]
+
+
+def test_without_tolerance_the_sentence_names_the_file(
+    dataset: Dataset, tmp_path: Path, inject: Callable[[str, str], None]
+) -> None:
+    inject("torch", "crash")
+    assert run_one_epoch(tmp_path, "train", "torch").returncode == -signal.SIGSEGV
+    with pytest.raises(MediaError, match=r"05\.webm: kills the process that reads it"):
+        open_loader(replace(dataset, max_bad_fraction=0.0))
+    assert len(open_loader(dataset).quarantine) == 1  # it is still known
+
+
+def test_a_hang_takes_the_video_out(
+    dataset: Dataset, tmp_path: Path, inject: Callable[[str, str], None]
+) -> None:
+    """The watchdog ends the run and names the video; the next one goes on without it."""
+    inject("torch", "hang")
+    ended = run_one_epoch(tmp_path, "train", "torch")
+    assert ended.returncode == 1 and "no batch within loader.timeout_s = 5 s" in ended.stderr
+    (entry,) = open_loader(dataset).quarantine.entries
+    assert entry.sample_id == VICTIM and entry.reason == "hangs: not read within 5 s"
+
+
+def test_a_killed_process_harms_no_video(
+    dataset: Dataset,
+    tmp_path: Path,
+    inject: Callable[[str, str], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inject("torch", "kill")
+    monkeypatch.setenv("KILLED", "1")
+    assert run_one_epoch(tmp_path, "train", "torch").returncode == -signal.SIGKILL
+    assert len(list((tmp_path / "cache/media").glob("*.reading-*"))) == 1
+    monkeypatch.delenv("KILLED")
+    assert len(open_loader(dataset).quarantine) == 0
+    assert not list((tmp_path / "cache/media").glob("*.reading-*"))
+
+
+@pytest.mark.parametrize("fault", ["crash", "hang"])
+def test_a_video_that_kills_the_index(
+    dataset: Dataset, tmp_path: Path, inject: Callable[[str, str], None], fault: str
+) -> None:
+    inject("probe", fault)
+    driver = DRIVER.format(
+        tests=str(Path(__file__).parent), root=str(tmp_path), split="train", decoder="torch"
+    )
+    process = subprocess.Popen([sys.executable, "-c", driver], stderr=subprocess.DEVNULL)
+    with pytest.raises(subprocess.TimeoutExpired) if fault == "hang" else contextlib.nullcontext():
+        assert process.wait(12) == -signal.SIGSEGV
+    process.kill()
+    process.wait()
+
+    def problems() -> dict[int, str]:
+        return index_videos(
+            dataset.train, cache_dir=dataset.cache_dir, threads=2, tolerated=4, timeout_s=4.0
+        ).problems
+
+    what = {
+        "crash": "kills the process that reads it (SIGSEGV)",
+        "hang": "hangs: not read within 4 s",
+    }
+    assert problems() == {VICTIM: what[fault]}
+    assert problems() == {VICTIM: what[fault]}
+    with pytest.raises(MediaError, match=r"05\.webm: (kills|hangs)"):
+        index_videos(dataset.train, cache_dir=dataset.cache_dir, threads=2)
+
+
+TASKS = """
+import ctypes, os, time
+
+def read(items, report):
+    for number, item in enumerate(items):
+        report(number)
+        {"sleep": lambda: time.sleep(60), "crash": lambda: ctypes.string_at(0), "good": int,
+         "abort": os.abort, "killed": lambda: os.kill(os.getpid(), 9)}[item]()
+"""
+
+
+@pytest.fixture
+def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A task of a module that a new process can import, too."""
+    (tmp_path / "tasks_of_test.py").write_text(TASKS)
+    monkeypatch.syspath_prepend(tmp_path)
+    return importlib.import_module("tasks_of_test").read
+
+
+def test_every_guilty_item_is_found(read: Any) -> None:
+    found = find_harmful(read, ["good", "crash", "good", "killed", "abort"], timeout_s=20.0)
+    assert found == {
+        1: "kills the process that reads it (SIGSEGV)",
+        4: "kills the process that reads it (SIGABRT)",
+    }
+
+
+def test_storage_that_does_not_answer_is_no_fault_of_a_video(
+    read: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_flight, "_MOST_HANGS", 1)
+    with pytest.raises(DataError, match=r"2 videos in a row cannot be read within .* storage"):
+        find_harmful(read, ["good", "sleep", "sleep", "good"], timeout_s=0.5)
+    assert list(find_harmful(read, ["good", "sleep", "good"], timeout_s=0.5)) == [1]
+
+
+def test_what_is_read_stands_in_a_file_of_a_process_that_lives(tmp_path: Path) -> None:
+    own = InFlight(tmp_path, "set")
+    own.write([])
+    assert not list(tmp_path.iterdir())  # no file for nothing
+    own.write({"samples": list(range(100))})
+    own.write({"samples": [1]})
+    (path,) = tmp_path.iterdir()
+    assert list(left_behind(tmp_path, "set")) == []  # its process lives
+    own.keep()
+    assert list(left_behind(tmp_path, "set")) == [(path, {"samples": [1]})]
+    assert list(left_behind(tmp_path, "other")) == []
+    path.write_bytes(b'{"samp')
+    assert list(left_behind(tmp_path, "set")) == [(path, None)]
+    own.write([2])
+    own.remove()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_no_locks_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the owner of a file lives could not be told: it would be taken for dead."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(in_flight.fcntl, "flock", refuse)
+    record = InFlight(tmp_path, "set")
+    record.write([1])
+    record.write([2])
+    assert not list(tmp_path.iterdir())
