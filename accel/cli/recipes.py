@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from accel.cli.options import Parser
+from accel.engine.config import shipped_recipes
 from accel.engine.published import facts, published_rows
 from accel.engine.published_detection import detection_rows
 from accel.engine.recipe_check import (
@@ -51,6 +52,8 @@ def main(argv: Sequence[str]) -> int:
             for key in ("video_map_50", "video_map_20", "frame_map_50")
         )
         print(f"{row['row']:32}{row['fusion']:6}{numbers}  {' + '.join(row['recipes'])}")
+    named = {name for row in (*table, *_detection_table()) for name in row["recipes"]}
+    print(f"\nrecipes without a row: {', '.join(sorted(set(shipped_recipes()) - named))}")
     return 0
 
 

@@ -69,6 +69,7 @@ HARMLESS_KEYS = frozenset(
 )
 HARMLESS_SECTIONS = frozenset({"loader", "checkpoint", "log", "published"})
 WITHOUT_VALUE = {"run.fit_memory": "card"}  # what an option without a value means
+_HELP = "accel train --help"
 HARMFUL_KEYS = frozenset({"loader.decoder"})  # decoders differ by a few grey levels
 
 
@@ -182,7 +183,7 @@ def recipe_of(
     """
     for key in overrides or {}:
         if key not in KEYS:
-            raise ConfigError(f"--{key}: unknown option. {_nearest(key, KEYS)}")
+            raise ConfigError(f"--{key}: unknown option. {_nearest_key(key)}")
     parser = _recipe_parser()
     try:
         config = parser.parse_object(dict(values))  # type: ignore[attr-defined]
@@ -295,7 +296,8 @@ def read_yaml(path: Path, text: str | None = None) -> dict[str, Any]:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             raise ConfigError(
-                f"{path}: no such recipe. Shipped recipes: {', '.join(shipped_recipes())}."
+                f"{path}: no such recipe. A shipped one is given by its name; accel recipes lists "
+                "them."
             ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}.") from error
@@ -386,8 +388,8 @@ def _find(name_or_path: str, beside: Path | None = None) -> Path:
     if name_or_path not in names:
         where = f"{beside}: extends" if beside is not None else "--recipe"
         raise ConfigError(
-            f"{where}: unknown recipe {name_or_path!r}. {_nearest(name_or_path, names)} "
-            "A path ends in .yaml."
+            f"{where}: unknown recipe {name_or_path!r}. "
+            f"{nearest(name_or_path, names, 'accel recipes')} A path ends in .yaml."
         )
     return Path(str(resources.files("accel") / "recipes" / f"{name_or_path}.yaml"))
 
@@ -395,29 +397,41 @@ def _find(name_or_path: str, beside: Path | None = None) -> Path:
 def _check_keys(path: Path, values: Mapping[str, Any]) -> None:
     for section, settings in values.items():
         if section not in SECTIONS:
-            raise ConfigError(f"{path}: {section}: unknown section. {_nearest(section, SECTIONS)}")
+            raise ConfigError(
+                f"{path}: {section}: unknown section. {nearest(section, SECTIONS, _HELP)}"
+            )
         if not isinstance(settings, dict):
             raise ConfigError(f"{path}: {section}: expected keys below it, got {settings!r}.")
         for key in settings:
             if f"{section}.{key}" not in KEYS:
-                raise ConfigError(
-                    f"{path}: {section}.{key}: unknown key. {_nearest(f'{section}.{key}', KEYS)}"
-                )
+                name = f"{section}.{key}"
+                raise ConfigError(f"{path}: {name}: unknown key. {_nearest_key(name)}")
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], listed_by: str) -> str:
+    """A sentence with the three of `known` that are most like `name`, and what lists them all."""
     known = list(known)
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
-    if "." in name:
-        section, leaf = name.split(".", 1)
-        initials = "".join(word[:1] for word in leaf.split("_"))  # learning_rate -> lr
-        wanted = [key for key in known if key.endswith(f".{leaf}")]  # in another section
-        close = wanted[:1] or close or [key for key in known if key == f"{section}.{initials}"]
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if close:
-        return f"Did you mean {close[0]}?"
-    section = name.split(".", 1)[0]
-    keys = [key for key in known if key.startswith(f"{section}.")] or known
-    return f"Known: {', '.join(keys)}."
+        *others, last = close
+        listed = f"{', '.join(others)} or {last}" if others else last
+        return f"Did you mean {listed}? {listed_by} lists all."
+    with_it = [item for item in known if name in item]
+    like = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+    listed = ", ".join(list(dict.fromkeys([*with_it, *like]))[:3])
+    return f"The closest are {listed}; {listed_by} lists all."
+
+
+def _nearest_key(name: str) -> str:
+    section, _, leaf = name.partition(".")
+    initials = "".join(word[:1] for word in leaf.split("_"))  # learning_rate -> lr
+    likely = [key for key in KEYS if key.endswith(f".{leaf}")]  # in another section
+    likely += difflib.get_close_matches(name, KEYS, n=1, cutoff=0.6)
+    likely += [key for key in KEYS if key == f"{section}.{initials}"]
+    if likely:
+        return f"Did you mean {likely[0]}?"
+    own = [key for key in KEYS if key.startswith(f"{section}.")]
+    return nearest(name, own or KEYS, _HELP)
 
 
 def _reject_non_finite(origin: str, section: str, settings: Mapping[str, Any]) -> None:
@@ -434,7 +448,7 @@ def _check_across_sections(recipe: Recipe) -> None:
     resolved_sampling(recipe)
     for key in recipe.published.inferred:
         if key not in KEYS:
-            raise ConfigError(f"published.inferred: unknown key {key}. {_nearest(key, KEYS)}")
+            raise ConfigError(f"published.inferred: unknown key {key}. {_nearest_key(key)}")
     if recipe.detection.network != "none" and recipe.run.fit_memory:
         raise ConfigError("run.fit_memory: detectors are not measured; set train.micro_batch.")
     if recipe.detection.network != "none" and recipe.train.checkpoint_activations != "none":

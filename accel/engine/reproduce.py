@@ -96,10 +96,10 @@ def _resolve(name: str) -> tuple[list[str], list[Row]]:
         return list(rows[name].runs), [rows[name]]
     run = {recipe: run for run, recipe in recipes_of_runs().items()}.get(name)
     if run is None:
-        known = f"{', '.join(sorted(recipes_of_runs().values()))}"
+        known = sorted([*rows, *recipes_of_runs().values()])
         raise ConfigError(
-            f"reproduce: {name!r} is neither a row nor a recipe of a published run; accel recipes "
-            f"lists the rows. Recipes: {known}."
+            f"reproduce: {name!r} is neither a row nor a recipe of a published run. "
+            f"{configs.nearest(name, known, 'accel recipes')}"
         )
     return [run], [row for row in rows.values() if row.runs == (run,)]
 

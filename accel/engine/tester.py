@@ -67,6 +67,11 @@ def find_target(
         ConfigError, CheckpointError: nothing usable there.
     """
     path = Path(target)
+    if not path.exists():
+        raise ConfigError(
+            f"{path}: no such file or folder; expected a run folder, a checkpoint of a run, or a "
+            "file of published weights."
+        )
     if path.is_dir():
         folder = RunFolder(path)
         store = CheckpointStore(folder.checkpoints)

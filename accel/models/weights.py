@@ -115,7 +115,8 @@ def load_foreign(path: Path | str) -> Any:
 def _check_file(path: Path) -> None:
     """Tell why the file cannot be a checkpoint, before anything is unpickled."""
     if not path.is_file():
-        problem = "is not a file" if path.exists() else "no such file"
+        problem = "is a folder" if path.is_dir() else "is not a file"
+        problem = problem if path.exists() else "no such file"
         raise CheckpointError(path, f"{problem}; expected a PyTorch checkpoint.")
     try:
         with path.open("rb") as file:

@@ -135,8 +135,11 @@ def test_a_video_shorter_than_the_clip_is_an_error(capfd, recipe, tmp_path):
 
 
 BAD_OPTIONS = [
-    (["--recipe", "demo_motion9"], "Did you mean demo_motion8?"),
+    (["--recipe", "demo_motion9"], "Did you mean demo_motion8? accel recipes lists all."),
+    (["--recipe", "masnet_r50_8f"], "Did you mean masnet_r50_8f_sthv2, masnet_r50_8f_sthv1 or "),
+    (["--recipe", "ssd"], "The closest are ssd300_brox_ucf24, ssd300_fastof_ucf24, ssd300_rgb_"),
     (["--recipe", "none.yaml"], "none.yaml: no such recipe"),
+    (["--foo.bar", "1"], ", optim.lr; accel train --help lists all."),
     (["--optim.learning_rate", "0.1"], "Did you mean"),
     (["--optim.lr"], "expected a value"),
     (["--optim.lr", "x"], "optim.lr"),

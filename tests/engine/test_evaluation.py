@@ -170,6 +170,8 @@ def test_other_classes_or_weights_are_refused(run, tmp_path, tiny_root):
     overrides = {"data.classes_file": str(turned)}
     with pytest.raises(ConfigError, match="another numbering of the labels"):
         evaluate_protocols(find_target(str(run), overrides=overrides), ["1x1"])
+    with pytest.raises(ConfigError, match="nosuch: no such file or folder; expected a run folder"):
+        find_target(str(tmp_path / "nosuch"))
     with pytest.raises(ConfigError, match="holds no checkpoint"):
         find_target(str(tmp_path))
     with pytest.raises(ConfigError, match=r"is a detector; use: accel tubes .* --root FOLDER"):

@@ -126,7 +126,9 @@ def test_the_command_lists_and_checks(capsys):
     assert main(["recipes", "--check"]) == 0
     assert "51 published rows" in capsys.readouterr().out
     assert main(["recipes"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    output = capsys.readouterr().out
+    assert set(shipped_recipes()) <= set(output.replace(",", " ").split())
+    lines = output.splitlines()
     assert lines.index("") == 1 + len(published_rows())  # those of detectors follow
     assert any(line.startswith("mas_sthv1_ensemble_2x3") and " + " in line for line in lines)
 

@@ -159,7 +159,7 @@ def test_missing_file_and_folder(path):
     with pytest.raises(CheckpointError, match="no such file"):
         load_foreign(path)
     path.mkdir()
-    with pytest.raises(CheckpointError, match="is not a file"):
+    with pytest.raises(CheckpointError, match="is a folder"):
         load_foreign(path)
 
 
