@@ -5,7 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from accel.engine.distributed import first_to_say
+from accel.engine.distributed import first_to_say, tell_launcher
 from accel.errors import AccelError
 from pipelines.errors import DataError
 
@@ -15,15 +15,18 @@ def run_guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
 
     Returns:
         Its exit code; that of an AccelError or DataError after printing its sentence (with the
-        traceback under --verbose); 130 when interrupted; 1 after an unexpected error.
+        traceback under --verbose); 130 when interrupted; 1 after an unexpected error. Under
+        torchrun, whose own traceback follows, the cause that this ends with is the sentence too.
     """
     try:
         return command(argv)
     except (AccelError, DataError) as error:
         if "--verbose" in argv:
             traceback.print_exc()
-        if str(error) and first_to_say(str(error)):
-            print(f"error: {_rank()}{error}", file=sys.stderr)
+        if str(error):
+            tell_launcher(f"error: {error}")
+            if first_to_say(str(error)):
+                print(f"error: {_rank()}{error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -33,6 +36,7 @@ def run_guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
         return 1
     except Exception:
         traceback.print_exc()
+        tell_launcher(traceback.format_exc())
         print(
             f"error: {_rank()}this is a bug in accel; the traceback above shows where.",
             file=sys.stderr,

@@ -1,12 +1,15 @@
 """Rank facts and reductions; the only user of torch.distributed."""
 
+import contextlib
 import hashlib
 import inspect
+import json
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -230,6 +233,17 @@ def first_to_say(text: str) -> bool:
         return bool(store.add(f"accel/said/{restart}/{digest}", 1) == 1)
     except (RuntimeError, KeyError, ValueError):  # the launcher is gone: twice is better than never
         return True
+
+
+def tell_launcher(text: str) -> None:
+    """Leave what ends this process to torchrun, which shows it last, as the cause; else nothing."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
+    # What torch.distributed.elastic's ErrorHandler writes, less the stack that it would show.
+    content = {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}
+    with contextlib.suppress(OSError):
+        Path(path).write_text(json.dumps(content), encoding="utf-8")
 
 
 def stop_world() -> None:

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from accel.cli.main import main as accel
 from accel.cli.rendering import run_guarded
 from accel.cli.train import main as train
+from accel.errors import ConfigError
 
 HMDB = Path(__file__).parents[1] / "data" / "hmdb51"
 
@@ -233,3 +235,23 @@ def test_runs_of_other_networks_appear_in_the_summary(capfd, recipe):
     assert code == 0
     line = next(line for line in out.splitlines() if "by network" in line)
     assert all(name in line for name in ("tanet 0.", "tanet without temporal module", "tsn 0."))
+
+
+def test_torchrun_shows_what_ended_the_process(capfd, tmp_path, monkeypatch):
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+
+    def shown(command):
+        code = run_guarded(command, [])
+        failure = ProcessFailure(local_rank=0, pid=1, exitcode=code, error_file=str(file))
+        return str(ChildFailedError("train.py", {0: failure})).partition("Root Cause")[2]
+
+    def refuse(argv):
+        raise ConfigError("optim.lr: must be > 0.")
+
+    assert "  traceback : error: optim.lr: must be > 0.\n===" in shown(refuse)
+    crash = shown(lambda argv: 1 // 0)
+    assert "traceback : Traceback (most" in crash and "ZeroDivisionError: integer" in crash
+    assert capfd.readouterr().err.startswith("error: optim.lr: must be > 0.\nTraceback")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "no" / "folder"))
+    assert run_guarded(refuse, []) == 2

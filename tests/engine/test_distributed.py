@@ -192,5 +192,7 @@ def test_ranks_that_disagree_are_refused_at_once(tiny_recipe, tmp_path):
     )
     assert answer.returncode != 0 and "exitcode  : 2" in answer.stderr
     sentence = "rank 1 differs from rank 0 in optim.lr, run.seed; start every process with the same"
-    assert answer.stderr.count(sentence) == 1
+    first, _, torchruns = answer.stderr.partition("Traceback")
+    assert first.count(sentence) == 1
+    assert f"  traceback : error: {sentence}" in torchruns.partition("Root Cause")[2]
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
