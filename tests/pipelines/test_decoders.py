@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -100,6 +101,18 @@ def test_every_decoder_is_measured_and_checked(
         )
         rates, failed = measure(loader._plan, ["dali", "pyav"])
         assert rates.keys() == {"pyav"} and reason in failed["dali"]
+
+
+def test_a_disturbed_turn_does_not_decide(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = open_loader(dataset)
+    # Start and end of the turns: pyav, dali, and both again; each reads the same clips.
+    times = iter([0.0, 9.0, 10.0, 12.0, 20.0, 21.0, 30.0, 36.0])
+    clock = SimpleNamespace(perf_counter=lambda: next(times))
+    monkeypatch.setattr(decoders, "time", clock)
+    rates, _ = measure(loader._plan, ["dali", "pyav"])
+    assert rates["pyav"] == pytest.approx(2 * rates["dali"]) and not list(times)
 
 
 def test_decoders_that_cannot_read_the_set(
