@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from pipelines.annotations import VideoRecord, VideoSet
 from pipelines.decode import decode_packets
-from pipelines.errors import AnnotationError, MediaError
+from pipelines.errors import AnnotationError, MediaError, why
 from pipelines.images import find_frame_name, read_images
 from pipelines.media import MediaInfo, open_video
 from pipelines.shards import packed_name, probe_record, shard_opener
@@ -108,7 +108,7 @@ def _file(record: VideoRecord, info: MediaInfo, decode: bool) -> Iterator[Findin
                 luma = np.frombuffer(frame.planes[0], np.uint8)
                 means.append(float(luma[:: max(1, luma.size // 4096)].max()))
     except av.FFmpegError as error:
-        raise MediaError(path, f"cannot be decoded: {error}.") from error
+        raise MediaError(path, f"cannot be decoded: {why(error)}.") from error
     if decode and len(times) != info.num_frames:
         reason = f"{info.num_frames} frames by its packets, {len(times)} decoded"
         yield Finding(record, reason, True)

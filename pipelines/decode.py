@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.errors import MediaError
+from pipelines.errors import MediaError, why
 from pipelines.images import read_images
 from pipelines.media import MediaInfo, open_decoder, open_video
 from pipelines.packets import PacketTable, media_file, read_packets
@@ -133,7 +133,7 @@ def _read_spans(
                 take(decoder.decode(packet))
             take(decoder.decode(None))
     except av.FFmpegError as error:
-        raise MediaError(sample.path, f"cannot be decoded: {error}.") from error
+        raise MediaError(sample.path, f"cannot be decoded: {why(error)}.") from error
     return not missing
 
 
@@ -182,7 +182,7 @@ def _read_by_count(sample: Sample, wanted: list[int], store: Callable[[Any, int]
                     if next_one < 0:
                         return
         except av.FFmpegError as error:
-            raise MediaError(sample.path, f"cannot be decoded: {error}.") from error
+            raise MediaError(sample.path, f"cannot be decoded: {why(error)}.") from error
     raise MediaError(
         sample.path,
         f"expected {sample.info.num_frames} frames as indexed, but frame {next_one} "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.containers import FileWindow, find_damage
-from pipelines.errors import MediaError
+from pipelines.errors import MediaError, why
 from pipelines.matroska import can_hold
 from pipelines.packets import PacketTable, make_table
 
@@ -122,7 +122,7 @@ def open_video(path: Path) -> Any:
         options = {"protocol_whitelist": "file"}
         container = av.open(str(path), metadata_errors="replace", options=options)
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise MediaError(path, f"expected a video file, cannot open it: {error}.") from error
+        raise MediaError(path, f"expected a video file, cannot open it: {why(error)}.") from error
     if not _CONTAINERS & set(container.format.name.split(",")):
         container.close()
         problem = f"expected a video file, got the format '{container.format.name}'."
@@ -175,8 +175,7 @@ def _refuse_change(path: Path, before: int, now: int) -> None:
 
 
 def _unreadable(path: Path, error: OSError | ValueError) -> MediaError:
-    reason = getattr(error, "strerror", None) or str(error)
-    return MediaError(path, f"cannot be read: {reason}; check the list and data.root.")
+    return MediaError(path, f"cannot be read: {why(error)}; check the list and data.root.")
 
 
 def _probe(path: Path, file: FileWindow) -> MediaInfo:
@@ -199,7 +198,7 @@ def _probe(path: Path, file: FileWindow) -> MediaInfo:
         try:
             packets = [packet for packet in container.demux(stream) if packet.size]
         except av.FFmpegError as error:
-            raise MediaError(path, f"the file is damaged: {error}; copy it again.") from error
+            raise MediaError(path, f"the file is damaged: {why(error)}; copy it again.") from error
     offsets = _places(file, packets) if name in _STANDALONE else None
     ranks = _ranks_by_time(packets) if name in _ONE_FRAME_PER_PACKET else None
     if ranks is None or "avi" in facts[1].split(","):
@@ -271,4 +270,4 @@ def _count_frames(path: Path) -> int:
         try:
             return sum(1 for _ in container.decode(video=0))
         except av.FFmpegError as error:
-            raise MediaError(path, f"cannot be decoded: {error}; copy it again.") from error
+            raise MediaError(path, f"cannot be decoded: {why(error)}; copy it again.") from error

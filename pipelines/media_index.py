@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from pipelines.annotations import VideoRecord, VideoSet
 from pipelines.cache import locked
-from pipelines.errors import DataError, MediaError
+from pipelines.errors import MediaError, too_many_unusable
 from pipelines.images import find_frame_name
 from pipelines.in_flight import InFlight, find_harmful, left_behind
 from pipelines.index_file import Content, MediaIndex, Results, Stamp, read_index, write_index
@@ -56,7 +55,7 @@ def index_videos(
 
     Raises:
         MediaError: one file cannot be used.
-        DataError: several cannot; the message counts them and names the first three reasons.
+        DataError: several cannot; see `too_many_unusable`.
     """
     cache_path = index_path(videos, cache_dir, frame_name)
     with locked(cache_path.with_suffix(".lock")):  # other ranks wait for the first one's work
@@ -163,7 +162,7 @@ def _probe_missing(
     if len(failures) > tolerated:
         known_bad = {key: error.problem for key, error in harmful.items()}
         write_index(partial, [*results, *harmful], results, known_bad, stamps)
-        _raise_failures(list(failures.values()), len(videos), tolerated)
+        raise too_many_unusable(list(failures.values()), total=len(videos), tolerated=tolerated)
     problems = {
         key: f"{error.path.name}: " * (key in missing and error.path != missing[key].path)
         + error.problem
@@ -288,19 +287,3 @@ def _probed(
         return probe_record(record, frame_name, open_shard), time_ns
     except MediaError as error:
         return error
-
-
-def _raise_failures(failures: list[MediaError], total: int, tolerated: int) -> None:
-    if len(failures) == 1:
-        raise failures[0]
-    if failures:
-        counts = Counter(str(failure) for failure in failures)  # all of a faulty shard say the same
-        named = " | ".join(
-            f"{reason} ({count} videos)" if count > 1 else reason
-            for reason, count in list(counts.items())[:3]
-        )
-        more = " | ..." if len(counts) > 3 else ""
-        raise DataError(
-            f"{len(failures)} of {total} videos cannot be used, allowed {tolerated} "
-            f"(data.max_bad_fraction): {named}{more}"
-        )

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipelines.annotations import VideoSet
 from pipelines.cache import file_lock, replace_bytes
-from pipelines.errors import DataError, MediaError
+from pipelines.errors import DataError, MediaError, too_many_unusable
 from pipelines.order import Split
 
 _LOG = logging.getLogger(__name__)
@@ -182,15 +182,11 @@ class Quarantine:
         entries = new + self.entries
         if not new or len(entries) <= self._tolerated:
             return
-        paths = [self._videos[entry.sample_id].path for entry in entries[:3]]
-        if len(entries) == 1:
-            raise MediaError(paths[0], entries[0].reason)
-        named = " | ".join(f"{p}: {e.reason}" for p, e in zip(paths, entries, strict=False))
-        more = " | ..." if len(entries) > 3 else ""
-        where = f"; the others: {self.path}" if self.path and len(entries) > 3 else ""
-        raise DataError(
-            f"{len(entries)} of {len(self._videos)} {_TITLES[self._split]} videos cannot be used, "
-            f"allowed {self._tolerated} (data.max_bad_fraction): {named}{more}{where}"
+        raise too_many_unusable(
+            [MediaError(self._videos[entry.sample_id].path, entry.reason) for entry in entries],
+            total=len(self._videos),
+            tolerated=self._tolerated,
+            what=f"{_TITLES[self._split]} videos",
         )
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +253,7 @@ def test_disks_that_give_parts_or_fail(
     path = make_video("a.mkv", codec="mjpeg", pixel_format="yuvj420p", width=640, height=480)
     expected = probe(path)
     assert expected.packets is not None
-    read, calls, last = os.pread, 0, 0
+    read, calls = os.pread, list[int]()
 
     def in_parts(handle: int, count: int, place: int) -> bytes:
         return read(handle, min(count, 999), place)
@@ -261,16 +262,16 @@ def test_disks_that_give_parts_or_fail(
     got = probe(path)
     assert got.packets is not None and got.packets.pack() == expected.packets.pack()
 
-    def failing(handle: int, count: int, place: int) -> bytes:
-        nonlocal calls
-        calls += 1
-        if calls == last:
+    def failing(number: int, handle: int, count: int, place: int) -> bytes:
+        calls.append(place)
+        if len(calls) == number:
             raise OSError(errno.EIO, "Input/output error")
         return read(handle, count, place)
 
-    monkeypatch.setattr("os.pread", failing)
+    monkeypatch.setattr("os.pread", partial(failing, 0))
     probe(path)
-    for last in range(1, calls + 1):
-        calls = 0
+    for number in range(1, len(calls) + 1):
+        calls.clear()
+        monkeypatch.setattr("os.pread", partial(failing, number))
         with pytest.raises(MediaError, match=r"a\.mkv: cannot be read: Input/output error"):
             probe(path)

@@ -126,7 +126,9 @@ def test_class_folders_of_frames(tmp_path: Path, make_frames: MakeFrames) -> Non
 def test_the_list_must_fit_the_folder(tmp_path: Path, make_frames: MakeFrames) -> None:
     make_frames("a", num_frames=8)
     dataset = open_set(tmp_path, "a 9 0\nb 3 1\na 8 1\n")
-    with pytest.raises(DataError, match=r"2 of 3 .* 00009.jpg is missing .*8 files.*No such file"):
+    with pytest.raises(
+        DataError, match=r"(?s)2 of 3 .* 00009.jpg is missing .*8 files.*No such file"
+    ):
         open_loader(dataset, "torch")
     with pytest.raises(
         AnnotationError, match=r'expected "<folder> <frames> <label>", got 2 fields'

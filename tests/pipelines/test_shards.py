@@ -184,7 +184,7 @@ def test_a_faulty_shard_is_named_in_one_sentence(
     damage(out / "00000.shard")
     monkeypatch.setenv("ACCEL_CACHE", str(tmp_path / "cache"))
     capsys.readouterr()
-    sentence = r"2 of 5 videos cannot be used, allowed 0 .* \(2 videos\)$"
+    sentence = r"2 of 5 videos cannot be used, allowed 0 .*\n.*\n +2  .*00000\.shard: [^\n]*$"
     with pytest.raises(DataError, match=sentence) as error:
         open_loader(out, "torch")
     assert str(error.value).count(part) == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.datasets import Dataset
-from pipelines.errors import DataError
+from pipelines.errors import DataError, MediaError, too_many_unusable
 from pipelines.loader import Loader
 from pipelines.quarantine import tolerated
 
@@ -28,18 +28,44 @@ def test_too_many_bad_files_end_with_the_reasons(dozen: Dataset, open_loader: Op
         dozen.train[k].path.unlink()
     assert len(list(loader.epoch(0))) == 6
     dozen.train[2].path.unlink()
-    over = r"3 of 12 training videos cannot be used, allowed 2 \(data\.max_bad_fraction\): "
-    with pytest.raises(DataError, match=over + r".*02\.webm: .*No such file.* | .*00\.webm: "):
+    over = r"3 of 12 training videos cannot be used, allowed 2 \(data\.max_bad_fraction\); .*"
+    with pytest.raises(DataError, match=over + r"\n.*\n +3  .*02\.webm: .*No such file[^\n]*$"):
         list(loader.epoch(0))
-    with pytest.raises(
-        DataError,
-        match=r"3 of 12 videos cannot be used, allowed 2 \(data\.max_bad_fraction\): .*00\.webm",
-    ):
+    over = over.replace("training ", "")
+    with pytest.raises(DataError, match=over + r"\n.*\n +3  .*00\.webm: .*No such file[^\n]*$"):
         open_loader(some)
     for record in dozen.train:
         record.path.unlink(missing_ok=True)
     with pytest.raises(DataError, match=r"12 of 12 videos cannot be used"):
         open_loader(dozen)
+
+
+def test_the_table_of_reasons(dozen: Dataset, open_loader: OpenLoader) -> None:
+    """One row per reason, the most frequent first; numbers do not tell reasons apart."""
+    for k, record in enumerate(dozen.train):
+        content = record.path.read_bytes()
+        if k in (1, 2, 3, 5, 8):
+            record.path.write_bytes(content[: 100 + 40 * k])
+        elif k in (4, 9):
+            record.path.write_bytes(b"")
+        elif k in (0, 6, 7):
+            record.path.write_text("no video")
+    with pytest.raises(DataError) as caught:
+        open_loader(dozen)
+    head, titles, *rows = str(caught.value).splitlines()
+    assert head.startswith("10 of 12 videos cannot be used, allowed 4 (data.max_bad_fraction); ")
+    assert titles.split() == "videos the first of them, and the reason".split()
+    facts = [row.split(maxsplit=2) for row in rows]
+    named = [(int(count), Path(path).name, reason[:20]) for count, path, reason in facts]
+    assert named == [
+        (5, "01.webm:", "the header declares "),
+        (3, "00.webm:", "expected a video fil"),
+        (2, "04.webm:", "the file is empty (0"),
+    ]
+    found = [MediaError(f"{k}.webm", "a" * k + ".") for k in range(1, 13)]
+    rows = str(too_many_unusable([*found, found[4]], total=20, tolerated=0)).splitlines()[2:]
+    assert [int(row.split()[0]) for row in rows] == [2, *[1] * 9, 2]
+    assert rows[0].endswith("5.webm: aaaaa.") and rows[-1].endswith("for other reasons")
 
 
 def test_small_and_odd_sets(
