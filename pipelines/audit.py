@@ -4,8 +4,10 @@ Decoders make up for damage without a word: black or repeated frames, other pixe
 What this finds goes into a deny-list.
 """
 
+import functools
 import sys
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +18,11 @@ from tqdm import tqdm
 
 from pipelines.annotations import VideoRecord, VideoSet
 from pipelines.decode import decode_packets
-from pipelines.errors import AnnotationError, MediaError, why
+from pipelines.errors import AnnotationError, DataError, MediaError, why
 from pipelines.images import find_frame_name, read_images
+from pipelines.in_flight import End, find_harmful, messages
 from pipelines.media import MediaInfo, open_video
-from pipelines.shards import packed_name, probe_record, shard_opener
+from pipelines.shards import Shard, packed_name, probe_record, shard_opener
 
 _BLACK = 20  # luma below it (16 is black) all over the frame
 _TAIL = 3  # black frames at the end that follow a picture
@@ -54,37 +57,103 @@ def audit(
         frame_name: names of the files in folders of frames; "" = as in the first folder.
         decode: decode every frame; False = only what an index looks at.
         progress: show a bar, if stderr is a terminal.
+
+    Raises:
+        DataError: the process that reads the videos ended, and none of them did it.
     """
     if not frame_name and len(videos) and videos[0].path.is_dir():
         frame_name = find_frame_name(videos[0].path)
-
-    open_shard = shard_opener()
-
-    def check(record: VideoRecord) -> list[Finding]:
-        try:
-            info = probe_record(record, frame_name, open_shard)
-            packed = packed_name(record.path)
-            if packed is not None and decode:
-                open_shard(packed[0]).record(packed[1])  # its checksum
-            if info.kind.frame_name:
-                return [Finding(record, text, False) for text in _images(record, info, decode)]
-            return list(_file(record, info, decode))
-        except MediaError as error:
-            packed = packed_name(record.path)
-            shard = packed[0] if packed is not None and error.path == packed[0] else None
-            return [Finding(record, error.problem, True, shard)]
-
     unique = list({record.name: record for record in videos}.values())
+    found = _found(dict(enumerate(unique)), threads, frame_name, decode)
+    early: dict[int, list[Finding]] = {}
+    hidden = not progress or not sys.stderr.isatty()
+    for number in tqdm(range(len(unique)), desc="checking", unit="video", disable=hidden):
+        while number not in early:
+            early.update([next(found)])
+        yield from early.pop(number)
+
+
+def _found(
+    waiting: dict[int, VideoRecord], threads: int, frame_name: str, decode: bool
+) -> Iterator[tuple[int, list[Finding]]]:
+    """(number, findings) of all videos, as they are checked, in a process that one may kill."""
+    while waiting:
+        begun: set[int] = set()
+        end: End | None = None
+        work = (dict(waiting), threads, frame_name, decode)
+        for message in messages(_check_all, work, timeout_s=None):
+            if isinstance(message, End):
+                end = message
+            elif isinstance(message, int):
+                begun.add(message)
+            else:
+                number, _ = message
+                begun.discard(number)
+                del waiting[number]
+                yield message
+        if end is None:
+            return
+        suspects = sorted(begun)
+        alone = functools.partial(_check_each, frame_name, decode)
+        guilty = find_harmful(alone, [waiting[k] for k in suspects], timeout_s=None)
+        for place, what in guilty.items():
+            record = waiting.pop(suspects[place])
+            yield suspects[place], [Finding(record, what, True)]
+        if not guilty:
+            named = ", ".join(str(waiting[k].path) for k in suspects) or "nothing"
+            raise DataError(
+                f"{end.what}; it was reading {named}, each of which can be read alone. Was it "
+                "killed, for want of memory? Try again, with fewer --threads."
+            )
+
+
+def _check_all(
+    send: Callable[[Any], None],
+    records: dict[int, VideoRecord],
+    threads: int,
+    frame_name: str,
+    decode: bool,
+) -> None:
+    """Sends the number of each video before it is checked, and (number, findings) after."""
+    open_shard = shard_opener()
+    lock = threading.Lock()
+
+    def check(number: int) -> None:
+        with lock:
+            send(number)
+        findings = _check(records[number], frame_name, decode, open_shard)
+        with lock:
+            send((number, findings))
+
     with ThreadPoolExecutor(threads, thread_name_prefix="accel-audit") as pool:
-        bar = tqdm(
-            pool.map(check, unique),
-            total=len(unique),
-            desc="checking",
-            unit="video",
-            disable=not progress or not sys.stderr.isatty(),
-        )
-        for findings in bar:
-            yield from findings
+        for _ in pool.map(check, records):
+            pass
+
+
+def _check_each(
+    frame_name: str, decode: bool, records: Sequence[VideoRecord], report: Callable[[int], None]
+) -> None:
+    open_shard = shard_opener()
+    for number, record in enumerate(records):
+        report(number)
+        _check(record, frame_name, decode, open_shard)
+
+
+def _check(
+    record: VideoRecord, frame_name: str, decode: bool, open_shard: Callable[[Path], Shard]
+) -> list[Finding]:
+    try:
+        info = probe_record(record, frame_name, open_shard)
+        packed = packed_name(record.path)
+        if packed is not None and decode:
+            open_shard(packed[0]).record(packed[1])  # its checksum
+        if info.kind.frame_name:
+            return [Finding(record, text, False) for text in _images(record, info, decode)]
+        return list(_file(record, info, decode))
+    except MediaError as error:
+        packed = packed_name(record.path)
+        shard = packed[0] if packed is not None and error.path == packed[0] else None
+        return [Finding(record, error.problem, True, shard)]
 
 
 def _file(record: VideoRecord, info: MediaInfo, decode: bool) -> Iterator[Finding]:

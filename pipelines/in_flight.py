@@ -122,13 +122,13 @@ def left_behind(folder: Path, stem: str) -> Iterator[tuple[Path, Any]]:
             yield path, content
 
 
-def find_harmful(task: Task[_T], items: Sequence[_T], *, timeout_s: float) -> dict[int, str]:
+def find_harmful(task: Task[_T], items: Sequence[_T], *, timeout_s: float | None) -> dict[int, str]:
     """Which items kill the process that reads them, or never come back: number -> what they do.
 
     Args:
         task: reads them; a function of a module, or a partial of one.
         items: that can be pickled.
-        timeout_s: longest wait for one item.
+        timeout_s: longest wait for one item; None = as long as it takes.
 
     Raises:
         DataError: several in a row never come back: that is the storage.
@@ -171,21 +171,21 @@ class End:
 
 
 def messages(
-    function: Callable[..., None], arguments: tuple[Any, ...], *, timeout_s: float
+    function: Callable[..., None], arguments: tuple[Any, ...], *, timeout_s: float | None
 ) -> Iterator[Any]:
     """What a function sends from a process of its own; last an `End`, if it does not return.
 
     Args:
         function: of a module; called with a function that sends, and with the arguments.
         arguments: that can be pickled.
-        timeout_s: longest wait between two messages.
+        timeout_s: longest wait between two messages; None = as long as it takes.
     """
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may deadlock
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(function, arguments, sender), daemon=True)
     process.start()
     sender.close()
-    wait_s = max(timeout_s, _START_S)
+    wait_s = None if timeout_s is None else max(timeout_s, _START_S)
     try:
         while receiver.poll(wait_s):
             message = receiver.recv()
@@ -193,8 +193,8 @@ def messages(
                 return
             yield message
             wait_s = timeout_s
-        yield End(f"hangs: not read within {wait_s:g} s", guilty=True, hung=True)
-    except EOFError:
+        yield End(f"hangs: not read within {timeout_s:g} s", guilty=True, hung=True)
+    except (EOFError, OSError):  # nothing more, or half a message
         process.join()
         code = process.exitcode or 0
         if -code in _GUILTY:

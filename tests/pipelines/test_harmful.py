@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from pipelines import decoders, in_flight
+from pipelines.audit import audit
 from pipelines.config import AugmentConfig, LoaderConfig, SamplingConfig
 from pipelines.datasets import Dataset
 from pipelines.errors import DataError, MediaError
@@ -56,6 +57,7 @@ FAULTY = {
     "dali": ("pipelines.trim", "trimmed_stream"),
     "pyav": ("pipelines.decode", "read_frames"),
     "torch": ("pipelines.decode", "read_frames"),
+    "audit": ("pipelines.audit", "_file"),
     "probe": ("pipelines.media", "open_video"),
 }
 DRIVER = """
@@ -255,6 +257,25 @@ def test_a_video_that_kills_the_index(
     assert problems() == {VICTIM: what[fault]}
     with pytest.raises(MediaError, match=r"05\.webm: (kills|hangs)"):
         index_videos(dataset.train, cache_dir=dataset.cache_dir, threads=2)
+
+
+@pytest.mark.parametrize("where", ["audit", "probe"])
+def test_the_audit_survives_it(
+    dataset: Dataset, inject: Callable[[str, str], None], where: str
+) -> None:
+    inject(where, "crash")
+    (finding,) = audit(dataset.train, threads=2)
+    assert finding.record == dataset.train[VICTIM] and finding.fatal
+    assert finding.reason == "kills the process that reads it (SIGSEGV)"
+
+
+def test_the_audit_says_that_it_was_killed(
+    dataset: Dataset, inject: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inject("audit", "kill")
+    monkeypatch.setenv("KILLED", "1")
+    with pytest.raises(DataError, match=r"exit code -9; it was reading .*05\.webm.* fewer"):
+        list(audit(dataset.train, threads=1))
 
 
 TASKS = """
