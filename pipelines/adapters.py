@@ -51,6 +51,8 @@ class DatasetFacts:
 
     title: str
     classes: int
+    page: str
+    """Where its authors offer it."""
     files: tuple[str, ...]
     """The official annotation files, as they are named."""
     read: Callable[[Path, Numbering, int], Annotations]
@@ -380,54 +382,76 @@ def _split(key: str) -> SplitName:
 _SOMETHING_V1 = ("labels.csv", "train.csv", "validation.csv")
 _SOMETHING_V2 = ("labels.json", "train.json", "validation.json")
 
+_QUALCOMM = "https://www.qualcomm.com/developer/software/something-something-v-2-dataset"
+_DIVING48 = "http://www.svcl.ucsd.edu/projects/resound/dataset.html"
+_FINEGYM = "https://sdolivia.github.io/FineGym/"
+_KINETICS = "https://github.com/cvdfoundation/kinetics-dataset"
+
 DATASETS: dict[str, DatasetFacts] = {
     "sthv1": DatasetFacts(
         "Something-Something V1",
         174,
+        f"{_QUALCOMM} (of V2; that of V1, 20bn.com, is gone)",
         tuple(f"something-something-v1-{name}" for name in _SOMETHING_V1),
         _something_v1,
     ),
     "sthv2": DatasetFacts(
         "Something-Something V2",
         174,
+        _QUALCOMM,
         tuple(f"something-something-v2-{name}" for name in _SOMETHING_V2),
         _something_v2,
     ),
     "k400": DatasetFacts(
-        "Kinetics-400", 400, ("train.csv", "val.csv"), partial(_kinetics, subset=False)
+        "Kinetics-400", 400, _KINETICS, ("train.csv", "val.csv"), partial(_kinetics, subset=False)
     ),
     "minik200": DatasetFacts(
         "mini-Kinetics-200",
         200,
+        f"{_KINETICS}; its lists: https://github.com/s9xie/Mini-Kinetics-200",
         ("train.csv", "val.csv", "classes.txt"),
         partial(_kinetics, subset=True),
     ),
     "diving48_v1": DatasetFacts(
         "Diving48 V1",
         48,
+        _DIVING48,
         ("Diving48_vocab.json", "Diving48_train.json", "Diving48_test.json"),
         partial(_diving48, version=1),
     ),
     "diving48_v2": DatasetFacts(
         "Diving48 V2",
         48,
+        _DIVING48,
         ("Diving48_vocab.json", "Diving48_V2_train.json", "Diving48_V2_test.json"),
         partial(_diving48, version=2),
     ),
     "gym99": DatasetFacts(
         "FineGym, 99 classes",
         99,
+        _FINEGYM,
         ("gym99_train_element_v1.1.txt", "gym99_val_element.txt"),
         partial(_finegym, classes=99),
     ),
     "gym288": DatasetFacts(
         "FineGym, 288 classes",
         288,
+        _FINEGYM,
         ("gym288_train_element_v1.1.txt", "gym288_val_element.txt"),
         partial(_finegym, classes=288),
     ),
     "ucf101": DatasetFacts(
-        "UCF101", 101, ("classInd.txt", "trainlist01.txt", "testlist01.txt"), _ucf101
+        "UCF101",
+        101,
+        "https://www.crcv.ucf.edu/data/UCF101.php",
+        ("classInd.txt", "trainlist01.txt", "testlist01.txt"),
+        _ucf101,
     ),
-    "hmdb51": DatasetFacts("HMDB51", 51, ("<class>_test_split1.txt",), _hmdb51),
+    "hmdb51": DatasetFacts(
+        "HMDB51",
+        51,
+        "https://serre-lab.clps.brown.edu/resource/hmdb-a-large-human-motion-database/",
+        ("<class>_test_split1.txt",),
+        _hmdb51,
+    ),
 }

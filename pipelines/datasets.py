@@ -97,7 +97,7 @@ def _splits(data: DataConfig, progress: bool) -> _Splits:
 
         root = generate_motion8(data.resolved_cache_dir(), progress=progress)
         return _from_lists(root, root / "train.txt", root / "val.txt", data, root / "classes.txt")
-    if not data.root and not data.train_list:
+    if not data.root and not (data.train_list and Path(data.train_list).is_file()):
         raise ValueError(
             "data.root: expected the folder of the videos, got ''; pass --data.root, or "
             "--data.generate=motion8 for a generated set."

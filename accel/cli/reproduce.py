@@ -8,6 +8,8 @@ from pathlib import Path
 
 from accel.cli.options import Parser
 from accel.engine import config as configs
+from accel.errors import AccelError
+from pipelines.errors import DataError
 
 
 def main(argv: Sequence[str]) -> int:
@@ -25,7 +27,10 @@ def main(argv: Sequence[str]) -> int:
         "--scale", type=float, default=1.0, help="share of videos and epochs, to test the chain"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="steps, hours, disk and memory; writes no run"
+        "--dry-run",
+        action="store_true",
+        help="what would run and what it needs; with the data there also steps, hours, disk and "
+        "memory; writes no run",
     )
     parser.add_argument(
         "--accept-data", action="store_true", help="go on with other videos than published"
@@ -40,27 +45,38 @@ def main(argv: Sequence[str]) -> int:
 
     from accel.engine import reproduce
     from accel.engine.distributed import start_world, stop_world
+    from accel.engine.outline import outline, outline_lines
     from accel.engine.run import resolve_device
     from accel.engine.stop import StopRequested
 
     out = Path(options.out or f"runs/reproduce-{options.name}")
+    steps = []
+    if options.dry_run:
+        steps = outline(options.name, out, overrides=overrides, scale=options.scale)
     where = {key: value for key, value in overrides.items() if key.startswith("run.")}
     run = configs.recipe_of({}, "command line", name="run", overrides=where).run
     world = start_world(resolve_device(run.device).type, run.timeout_s)
     if not world.is_main:
         logging.disable(logging.WARNING)
+    previewing = options.dry_run and world.is_main
     try:
-        job = reproduce.plan(
-            options.name, out, overrides=overrides, scale=options.scale, world=world
-        )
-        reproduce.check_data(job, accept=options.accept_data)
+        if previewing and not options.json:
+            print("\n".join(outline_lines(steps)))
+        try:
+            job = reproduce.plan(
+                options.name, out, overrides=overrides, scale=options.scale, world=world
+            )
+            reproduce.check_data(job, accept=options.accept_data)
+        except (AccelError, DataError):
+            if previewing and options.json:
+                print(json.dumps(steps))
+            raise
         if options.dry_run:
             previews = reproduce.preview(job, world)
-            if world.is_main and options.json:
-                print(json.dumps(previews))
-            elif world.is_main:
-                for preview in previews:
-                    print("\n".join(f"{name:24}{value}" for name, value in preview.items()))
+            if previewing and options.json:
+                print(json.dumps([a | b for a, b in zip(steps, previews, strict=True)]))
+            elif previewing:
+                print("\n".join(outline_lines(previews)))
             return 0
         report = reproduce.reproduce(job, out, world)
     except StopRequested as stop:

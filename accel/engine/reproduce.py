@@ -73,7 +73,7 @@ def plan(
     if not 0 < scale <= 1:
         raise ConfigError(f"--scale: must be in (0, 1], got {scale}.")
     world = world or World()
-    runs, rows = _resolve(name)
+    runs, rows = resolve(name)
     names = [recipes_of_runs()[run] for run in runs]
     published = [configs.load_recipe(recipe) for recipe in names]
     used, problems = [], []
@@ -89,7 +89,7 @@ def plan(
     return Plan(name, tuple(used), tuple(published), tuple(rows), unique, scale)
 
 
-def _resolve(name: str) -> tuple[list[str], list[Row]]:
+def resolve(name: str) -> tuple[list[str], list[Row]]:
     """The published runs and rows that a row or a recipe stands for."""
     rows = {row.name: row for row in published_rows()}
     if name in rows:
@@ -122,13 +122,16 @@ def _data_problems(run: str, recipe: Recipe, dataset: Dataset) -> list[str]:
     return problems
 
 
+def dataset_of(fact: str) -> tuple[str, str]:
+    """(name for `accel data import`, numbering of the labels) of a dataset of the facts."""
+    if fact == "sthv1_mmaction2":
+        return "sthv1", "official"
+    return ("k400" if fact.startswith("k400") else fact), "alphabetical"
+
+
 def _import_problems(imported: dict[str, Any], expected: str) -> list[str]:
     """What `accel data import` says about the lists, against the dataset of the facts."""
-    wanted, numbering = expected, "alphabetical"
-    if expected == "sthv1_mmaction2":
-        wanted, numbering = "sthv1", "official"
-    if expected.startswith("k400"):
-        wanted = "k400"
+    wanted, numbering = dataset_of(expected)
     problems = []
     if imported["dataset"] != wanted:
         problems.append(f"the lists are those of {imported['dataset']}, the recipe's are {wanted}")
@@ -293,7 +296,7 @@ def _energy_wh(summary: Mapping[str, Any]) -> float | None:
 
 def _measure(row: Row, job: Plan, out: Path, world: World) -> dict[str, Any]:
     """Test one row: its protocol on every member, and their sum if there are several."""
-    overrides = {key: _text(value) for key, value in row.overrides.items()}
+    overrides = {key: as_text(value) for key, value in row.overrides.items()}
     files = []
     for recipe in job.recipes:
         folder = out / recipe.name
@@ -371,5 +374,6 @@ def report_lines(report: Mapping[str, Any]) -> Sequence[str]:
     return lines
 
 
-def _text(value: object) -> str:
+def as_text(value: object) -> str:
+    """A value of a recipe as the command line has it."""
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -127,8 +127,33 @@ def test_a_dry_run_measures_and_writes_nothing(frames, tmp_path, capsys):
     (preview,) = json.loads(capsys.readouterr().out)
     assert preview["total_steps"] == 70 * (16 // 4)
     assert preview["test_views"] == 8 * 6 and preview["protocols"] == ["2x3"]
+    assert preview["train"].startswith("accel train --recipe masnet_r50_8f_sthv1 --data.root ")
     assert preview["disk_gib"] > 0 and preview["train_hours"] > 0
     assert not out.exists()
+
+
+def test_a_dry_run_without_data_says_what_is_needed(frames, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["reproduce", "mas_sthv1_ensemble_2x3", "--out", str(out), "--dry-run"]
+    assert main(command) == 2
+    text, error = capsys.readouterr()
+    assert "Something-Something V1: 174 classes, 86017 training videos and 11522 val" in text
+    assert "https://www.qualcomm.com/" in text and "resnet50-19c8e357.pth" in text
+    assert "accel data import sthv1 --annotations FOLDER --media ROOT (" in text
+    assert f"accel evaluate {out}/masnet_r50_8f_sthv1 --protocol 2x3\n" in text
+    assert text.count("accel ensemble ") == 2 and "--numbering" not in text
+    assert error.startswith("error: data.root: expected the folder of the videos, got ''")
+    weights = ["--model.pretrained", str(tmp_path / "no.pth")]
+    data = ["--data.root", str(tmp_path), *weights]
+    assert main(["reproduce", "tanet_r50_8f_sthv1", *data, "--dry-run", "--json"]) == 3
+    text, error = capsys.readouterr()
+    (step,) = json.loads(text)
+    assert step["lists"].startswith("accel data import sthv1 ") and "g official (" in step["lists"]
+    assert step["weights"].endswith("no.pth, which is missing")
+    assert f"--recipe tanet_r50_8f_sthv1 {' '.join(data)} --out runs/reprod" in step["train"]
+    assert "classes.txt: cannot be read" in error
+    assert main(["reproduce", "tanet_r50_8f_sthv2", "--dry-run"]) == 2
+    assert capsys.readouterr().out == "" and not out.exists()
 
 
 def test_wrong_data_is_named_before_the_first_step(frames, tmp_path, capsys):
