@@ -39,6 +39,14 @@ class VideoRecord:
     offset: int = 0
     """Added to every frame number of a folder of frames."""
 
+    @property
+    def part(self) -> "Part":
+        """What it shows, whatever its label is: a folder may be listed in several parts."""
+        return self.name, self.offset, self.num_frames
+
+
+Part = tuple[str, int, int]
+"""(name, offset, frames) of a record."""
 
 Row = tuple[str, int] | tuple[str, int, int] | tuple[str, int, int, int]
 """(name, label), or with the number of frames and the offset of a folder of frames."""
@@ -198,7 +206,7 @@ def _rows(
     kind: str,
     hashes: "array[int]",
 ) -> Iterator[Row]:
-    """The rows of a list; appends a hash of each name."""
+    """The rows of a list; appends a hash of what each shows."""
     forms = {"videos": (2,), "frames": (3, 4), "auto": (2, 3, 4)}[kind]
     columns = 0
     for line_number, line in _lines(path):
@@ -222,7 +230,7 @@ def _rows(
             raise AnnotationError(path, problem, line_number)
         if refusal := _path_problem(name, root, allow_outside_root):
             raise AnnotationError(path, refusal, line_number)
-        hashes.append(hash(name))
+        hashes.append(hash((name, *fields[1:-1])))  # a folder may be listed in several parts
         if columns == 2:
             yield name, int(label)
             continue

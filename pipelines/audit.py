@@ -7,7 +7,7 @@ What this finds goes into a deny-list.
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pipelines.annotations import VideoRecord, VideoSet
+from pipelines.annotations import Part, VideoRecord, VideoSet
 from pipelines.decode import decode_packets
 from pipelines.errors import AnnotationError, DataError, MediaError, why
-from pipelines.images import find_frame_name, read_images
+from pipelines.images import first_frame_name, read_images
 from pipelines.in_flight import End, find_harmful, messages
 from pipelines.media import MediaInfo, open_video
 from pipelines.shards import Shard, packed_name, probe_record, shard_opener
@@ -49,7 +49,7 @@ def audit(
     decode: bool = True,
     progress: bool = True,
 ) -> Iterator[Finding]:
-    """The findings of every video, in the order of the list.
+    """The findings of every video, in the order of the list; each part of a folder is a video.
 
     Args:
         videos: files, or folders of frames.
@@ -61,9 +61,8 @@ def audit(
     Raises:
         DataError: the process that reads the videos ended, and none of them did it.
     """
-    if not frame_name and len(videos) and videos[0].path.is_dir():
-        frame_name = find_frame_name(videos[0].path)
-    unique = list({record.name: record for record in videos}.values())
+    frame_name = frame_name or first_frame_name(videos)
+    unique = list({record.part: record for record in videos}.values())
     found = _found(dict(enumerate(unique)), threads, frame_name, decode)
     early: dict[int, list[Finding]] = {}
     hidden = not progress or not sys.stderr.isatty()
@@ -121,7 +120,7 @@ def _check_all(
     def check(number: int) -> None:
         with lock:
             send(number)
-        findings = _check(records[number], frame_name, decode, open_shard)
+        findings = check_video(records[number], frame_name, decode, open_shard)
         with lock:
             send((number, findings))
 
@@ -136,12 +135,16 @@ def _check_each(
     open_shard = shard_opener()
     for number, record in enumerate(records):
         report(number)
-        _check(record, frame_name, decode, open_shard)
+        check_video(record, frame_name, decode, open_shard)
 
 
-def _check(
-    record: VideoRecord, frame_name: str, decode: bool, open_shard: Callable[[Path], Shard]
+def check_video(
+    record: VideoRecord,
+    frame_name: str,
+    decode: bool = True,
+    open_shard: Callable[[Path], Shard] = Shard,
 ) -> list[Finding]:
+    """As `audit`, one video, in this process: a decoder that crashes takes it along."""
     try:
         info = probe_record(record, frame_name, open_shard)
         packed = packed_name(record.path)
@@ -227,14 +230,45 @@ def _images(record: VideoRecord, info: MediaInfo, decode: bool) -> Iterator[str]
                 raise MediaError(path, "the frame is missing.")
 
 
-def format_deny_list(findings: Iterable[Finding]) -> str:
-    """One `<path><tab><reason>` per video that must not be used; none for those of a faulty shard,
-    which is made anew."""
+def list_notes(splits: Iterable[tuple[str, VideoSet]]) -> Iterator[str]:
+    """What is odd about the lists themselves: repeated lines, two labels, videos of two lists.
+
+    Args:
+        splits: (title, videos) of each list.
+    """
+    owners: dict[Part, str] = {}
+    for title, videos in splits:
+        labels: dict[Part, int] = {}
+        other_label: dict[Part, None] = {}
+        shared: dict[str, list[str]] = {}
+        for record in videos:
+            part = record.part
+            if labels.setdefault(part, record.label) != record.label:
+                other_label[part] = None
+            if (owner := owners.setdefault(part, title)) != title:
+                shared.setdefault(owner, []).append(record.name)
+        if len(labels) < len(videos):
+            yield f"{title}: {len(videos) - len(labels)} lines repeat a path"
+        if other_label:
+            example = next(iter(other_label))[0]
+            yield f"{title}: {len(other_label)} videos have two labels, e.g. {example}"
+        for owner, names in shared.items():
+            yield f"{title}: {len(names)} videos are in {owner}, too, e.g. {names[0]}"
+
+
+def deny_reasons(findings: Iterable[Finding]) -> dict[str, str]:
+    """Name -> reason of each video that must not be used; without those of a faulty shard, which
+    is made anew."""
     reasons: dict[str, str] = {}
     for finding in findings:
         if finding.fatal and finding.shard is None:
-            reasons.setdefault(finding.record.name, " ".join(finding.reason.split()))
-    return "".join(f"{name}\t{reason}\n" for name, reason in reasons.items())
+            reasons.setdefault(finding.record.name, finding.reason)
+    return reasons
+
+
+def format_deny_list(reasons: Mapping[str, str]) -> str:
+    """One `<path><tab><reason>` per video."""
+    return "".join(f"{name}\t{' '.join(why.split())}\n" for name, why in reasons.items())
 
 
 def read_deny_list(path: Path) -> dict[str, str]:

@@ -49,12 +49,15 @@ def locked(path: Path) -> Iterator[None]:
         try:
             stack.enter_context(file_lock(path))
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise DataError(
-                f"{path.parent}: the cache folder cannot be written: {reason}; "
-                "pass --data.cache_dir."
-            ) from error
+            raise unwritable(path.parent, error) from error
         yield
+
+
+def unwritable(folder: Path, error: OSError) -> DataError:
+    """What to raise where something cannot be kept in the cache folder."""
+    reason = error.strerror or str(error)
+    remedy = "make room or pass --data.cache_dir"
+    return DataError(f"{folder}: the cache folder cannot be written: {reason}; {remedy}.")
 
 
 def replace_bytes(path: Path, parts: Iterable[bytes]) -> None:

@@ -170,7 +170,10 @@ def _measured(
             pass
         rates, failed = measure(plan, names)
         content = {"facts": facts, "rates": rates, "failed": failed}
-        replace_bytes(cache, [json.dumps(content).encode()])
+        try:
+            replace_bytes(cache, [json.dumps(content).encode()])
+        except OSError as error:
+            _LOG.warning("%s: the measurement cannot be kept (%s)", cache, error)
         return rates, failed
 
 

@@ -3,7 +3,7 @@
 import os
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from pipelines.annotations import VideoRecord
 from pipelines.errors import MediaError
 from pipelines.media import MediaInfo, StreamKind
-from pipelines.packets import read_packets
+from pipelines.packets import media_file, read_packets
 
 _NUMBERED = re.compile(r"(.*?)([0-9]+)(\.(?:jpe?g|png))", re.IGNORECASE)
 _HEAD_BYTES = 65_536  # a JPEG may begin with a preview image
@@ -38,6 +38,31 @@ def find_frame_name(folder: Path) -> str:
     prefix, number, suffix = first.groups()
     prefix = prefix.replace("{", "{{").replace("}", "}}")
     return f"{prefix}{{:0{len(number)}d}}{suffix}"
+
+
+def first_frame_name(videos: Iterable[VideoRecord]) -> str:
+    """The names of the images in the first folder of a set that has some.
+
+    Returns:
+        "" = the set is of files, or nothing of it exists.
+
+    Raises:
+        MediaError: there are folders, none of which has numbered images.
+    """
+    problem: MediaError | None = None
+    for record in videos:
+        try:
+            if record.path.is_dir():
+                return find_frame_name(record.path)
+            if media_file(record.path).is_file():
+                break
+        except MediaError as error:
+            problem = problem or error
+        except (OSError, ValueError):  # probing it says why
+            continue
+    if problem is not None:
+        raise problem
+    return ""
 
 
 def probe_frames(record: VideoRecord, frame_name: str) -> MediaInfo:

@@ -17,7 +17,7 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.cache import checksum, content_of, replace_bytes
+from pipelines.cache import checksum, content_of, replace_bytes, unwritable
 from pipelines.errors import DataError
 from pipelines.media import MediaInfo, StreamKind
 from pipelines.packets import PacketTable
@@ -217,7 +217,11 @@ def _store(
     }
     head = json.dumps(head_facts).encode() + b"\n"
     tables_at = len(_MAGIC) + 8 + len(head) + rows.nbytes
-    replace_bytes(path, [_MAGIC, tables_at.to_bytes(8, "little"), head, rows.tobytes(), *tables])
+    parts = [_MAGIC, tables_at.to_bytes(8, "little"), head, rows.tobytes(), *tables]
+    try:
+        replace_bytes(path, parts)
+    except OSError as error:
+        raise unwritable(path.parent, error) from error
 
 
 def read_index(path: Path, num_rows: int | None = None) -> Content | None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from pipelines.annotations import VideoRecord, VideoSet
 from pipelines.cache import locked
 from pipelines.errors import MediaError, too_many_unusable
-from pipelines.images import find_frame_name
+from pipelines.images import first_frame_name
 from pipelines.in_flight import InFlight, find_harmful, left_behind
 from pipelines.index_file import Content, MediaIndex, Results, Stamp, read_index, write_index
 from pipelines.media import MediaInfo
@@ -151,7 +151,7 @@ def _probe_missing(
         else:
             missing[key] = record
     _LOG.info("indexing %d of %d videos", len(missing), len(videos))
-    frame_name = frame_name or _frame_name(videos[: 1 + tolerated])
+    frame_name = frame_name or first_frame_name(videos[: 1 + tolerated])
     suspects = _suspects(cache_path, missing)
     for key, problem in _examined(suspects, frame_name, timeout_s).items():
         record = missing.pop(key)
@@ -201,20 +201,6 @@ def _probe_each(
     for number, record in enumerate(records):
         report(number)
         _probed(record, frame_name, open_shard)
-
-
-def _frame_name(videos: Sequence[VideoRecord]) -> str:
-    """Names of the files in the first folder that has some; "" = these are no folders."""
-    problem: MediaError | None = None
-    for record in videos:
-        if record.path.is_dir():
-            try:
-                return find_frame_name(record.path)
-            except MediaError as error:
-                problem = problem or error
-    if problem is not None:
-        raise problem
-    return ""
 
 
 def _known(

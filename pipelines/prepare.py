@@ -6,11 +6,14 @@ with the distance of keyframes.
 """
 
 import contextlib
+import errno
 import itertools
 import json
+import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -21,13 +24,13 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from pipelines.annotations import VideoRecord, VideoSet, format_list
-from pipelines.audit import audit
+from pipelines.annotations import Part, VideoRecord, VideoSet, format_list
+from pipelines.audit import check_video
 from pipelines.cache import file_lock, put_in_place, replace_bytes
 from pipelines.decode import read_frames
 from pipelines.errors import DataError, MediaError
 from pipelines.geometry import View
-from pipelines.images import find_frame_name, read_images
+from pipelines.images import first_frame_name, read_images
 from pipelines.media import MediaInfo, open_video, probe
 from pipelines.packets import SHARD_SUFFIX, media_file
 from pipelines.packing import Named, map_ahead, pack_shard, stamp_of
@@ -45,6 +48,8 @@ _ENCODERS: dict[str, tuple[str, str, dict[str, str]]] = {
 }
 _UNLISTABLE = re.compile(r"^\s|[\t\n]|\s$")
 _FRAMES_PER_S = 25  # of folders of frames
+# Errors of the disk that is written to, not of an original: every further copy would fail as well.
+_CANNOT_WRITE = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS))
 
 
 @dataclass(frozen=True)
@@ -75,8 +80,8 @@ class Report:
     kept: int
     """Found complete from an earlier run."""
 
-    failed: dict[str, str]
-    """Name -> reason."""
+    failed: dict[Part, str]
+    """Why there is no copy."""
 
     bytes_before: int
     """Of the originals that are still there."""
@@ -101,7 +106,8 @@ def prepare(
 
     A copy, or a shard of them, appears under its name when it is complete and was verified, so the
     call can be repeated after an interruption; what is there of an original that has not changed
-    (names, sizes and times of its files) is kept.
+    (names, sizes and times of its files) is kept. A folder that is listed in several parts (offset
+    and number of frames) becomes as many copies.
 
     Args:
         lists: (file name to write, videos).
@@ -113,12 +119,19 @@ def prepare(
 
     Raises:
         DataError: the folder holds copies of another encoding, another process is writing to it,
-            two names become one, or a list cannot hold one.
+            two names become one, a list cannot hold one, or the folder cannot be written (any
+            more).
     """
     with _claimed(out, encoding):
-        report = _prepare(lists, out, encoding, threads, frame_name)
-        if class_names:
-            replace_bytes(out / "classes.txt", ["".join(f"{k}\n" for k in class_names).encode()])
+        try:
+            report = _prepare(lists, out, encoding, threads, frame_name)
+            if class_names:
+                names = "".join(f"{name}\n" for name in class_names)
+                replace_bytes(out / "classes.txt", [names.encode()])
+        except OSError as error:
+            reason = error.strerror or str(error)
+            advice = "copies that are complete are kept, so the same command goes on once it can be"
+            raise DataError(f"{out}: cannot be written: {reason}; {advice}.") from error
         return report
 
 
@@ -129,47 +142,46 @@ def _prepare(
     threads: int,
     frame_name: str,
 ) -> Report:
-    records = list({record.name: record for _, videos in lists for record in videos}.values())
+    records = list({record.part: record for _, videos in lists for record in videos}.values())
     names = _names(records, encoding)
-    if not frame_name and records and records[0].path.is_dir():
-        frame_name = find_frame_name(records[0].path)
+    frame_name = frame_name or first_frame_name(records)
     work = _Work(encoding, out, names, frame_name)
     groups = _groups(records, out, encoding)
     hidden = not sys.stderr.isatty()
     bar = tqdm(total=len(records), desc="preparing", unit="video", disable=hidden)
-    results: dict[str, bool | str] = {}
+    results: dict[Part, bool | str] = {}
     with bar, ThreadPoolExecutor(threads, thread_name_prefix="accel-prepare") as pool:
         try:
             if not encoding.shard_videos:
                 outcomes = map_ahead(pool, work.encode, records, 4 * threads)
                 for record, outcome in zip(records, outcomes, strict=True):
-                    results[record.name] = outcome
+                    results[record.part] = outcome
                     bar.update()
             for shard, group in groups.items():
-                videos = [(names[record.name], record) for record in group]
+                videos = [(names[record.part], record) for record in group]
                 outcome_of = pack_shard(
                     shard, videos, work.pack, pool=pool, ahead=2 * threads, done=bar.update
                 )
-                results |= {record.name: outcome_of[name] for name, record in videos}
+                results |= {record.part: outcome_of[name] for name, record in videos}
                 for record in group:
                     work.copy_of(record).unlink(missing_ok=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    targets = {record.name: work.copy_of(record) for record in records}
+    targets = {record.part: work.copy_of(record) for record in records}
     for shard, members in groups.items():
-        targets |= {record.name: shard / names[record.name] for record in members}
-    failed = {name: reason for name, reason in results.items() if isinstance(reason, str)}
+        targets |= {record.part: shard / names[record.part] for record in members}
+    failed = {part: reason for part, reason in results.items() if isinstance(reason, str)}
     for list_name, listed in lists:
         kept = [
-            VideoRecord(targets[r.name].relative_to(out).as_posix(), targets[r.name], r.label)
+            VideoRecord(targets[r.part].relative_to(out).as_posix(), targets[r.part], r.label)
             for r in listed
-            if r.name not in failed
+            if r.part not in failed
         ]
         replace_bytes(out / list_name, [format_list(kept).encode()])
-    good = [record for record in records if record.name not in failed]
+    good = [record for record in records if record.part not in failed]
     originals = [record for record in good if record.path.exists()]  # packed ones may be gone
-    copies = [VideoRecord(r.name, targets[r.name], r.label) for r in good]
+    copies = [VideoRecord(r.name, targets[r.part], r.label) for r in good]
     return Report(
         written=sum(result is True for result in results.values()),
         kept=sum(result is False for result in results.values()),
@@ -187,16 +199,20 @@ class _Work:
 
     encoding: Encoding
     out: Path
-    names: dict[str, str]
+    names: dict[Part, str]
     frame_name: str
 
     def copy_of(self, record: VideoRecord) -> Path:
         """Where its encoded copy stands; until it is packed, if it is."""
         folder = self.out / _COPIES if self.encoding.shard_videos else self.out
-        return folder / self.names[record.name]
+        return folder / self.names[record.part]
 
     def encode(self, record: VideoRecord) -> bool | str:
-        """True: written; False: found complete; or why it cannot be."""
+        """True: written; False: found complete; or why it cannot be.
+
+        Raises:
+            OSError: the disk of the copies is full, or cannot be written.
+        """
         target = self.copy_of(record)
         try:
             stamp = stamp_of(record)
@@ -205,6 +221,8 @@ class _Work:
             _encode(record, target, self.encoding, self.frame_name, stamp)
             return True
         except OSError as error:
+            if error.errno in _CANNOT_WRITE:
+                raise
             return error.strerror or str(error)
         except MediaError as error:
             return error.problem
@@ -269,10 +287,11 @@ def _claim(out: Path, encoding: Encoding) -> None:
         left_over.unlink(missing_ok=True)
 
 
-def _names(records: Sequence[VideoRecord], encoding: Encoding) -> dict[str, str]:
-    """Listed name -> name of the copy, relative."""
-    names: dict[str, str] = {}
+def _names(records: Sequence[VideoRecord], encoding: Encoding) -> dict[Part, str]:
+    """The name of each copy, relative."""
+    names: dict[Part, str] = {}
     owners: dict[str, str] = {}
+    starts = Counter((record.name, record.offset) for record in records)
     for record in records:
         if _UNLISTABLE.search(record.name):
             problem = "has a tab, a line break or a blank at an end"
@@ -286,12 +305,16 @@ def _names(records: Sequence[VideoRecord], encoding: Encoding) -> dict[str, str]
         suffix = _ENCODERS[encoding.codec][1] if encoding.codec in _ENCODERS else ""
         if encoding.codec == "copy" and not record.path.is_dir():
             suffix = listed.suffix
-        name = f"{stem}{f'_{record.offset}' if record.offset else ''}{suffix}"
-        if owners.setdefault(name, record.name) != record.name:
+        numbers = [record.offset] if record.offset else []
+        if starts[record.name, record.offset] > 1:  # as many frames as another list has of it
+            numbers = [record.offset, record.num_frames]
+        name = f"{stem}{''.join(f'_{number}' for number in numbers)}{suffix}"
+        if name in owners:
             problem = f"'{owners[name]}' and '{record.name}' would both become {name}"
             kept = "" if encoding.codec == "copy" else ", or keep both names: --codec copy --shards"
             raise DataError(f"{problem}; rename one, in its list too{kept}.")
-        names[record.name] = name
+        owners[name] = record.name
+        names[record.part] = name
     return names
 
 
@@ -346,6 +369,9 @@ def _encode(
         _verify(record, partial, info.num_frames, encoding)
         put_in_place(partial, target)
     except av.FFmpegError as error:
+        code = getattr(error, "errno", 0)
+        if code in _CANNOT_WRITE:
+            raise OSError(code, os.strerror(code)) from error
         raise MediaError(record.path, f"cannot be encoded: {error}.") from error
     finally:
         partial.unlink(missing_ok=True)
@@ -390,9 +416,7 @@ def _verify(record: VideoRecord, copy: Path, num_frames: int, encoding: Encoding
 
 def _damage(record: VideoRecord, frame_name: str) -> str | None:
     """Why a video that was decoded whole cannot be used, or None."""
-    row = (record.path.name, record.label, record.num_frames, record.offset)
-    checked = VideoSet(record.path.parent, [row])
-    for finding in audit(checked, threads=1, frame_name=frame_name, progress=False):
+    for finding in check_video(record, frame_name):
         if finding.fatal and "black" not in finding.reason:  # a dark ending is the original's
             return f"{finding.reason}."
     return None

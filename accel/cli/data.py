@@ -2,7 +2,7 @@
 
 import argparse
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -12,6 +12,7 @@ from accel.cli.options import Parser
 from accel.errors import ConfigError
 from pipelines.annotations import VideoSet, read_list
 from pipelines.config import DataConfig, LoaderConfig
+from pipelines.errors import DataError
 from pipelines.tube_data import DetectionSet, Stream, audit_tube_set
 
 
@@ -123,6 +124,11 @@ def _open_source(options: argparse.Namespace) -> _Source:
     root = Path(options.root).expanduser().absolute()
     if not root.is_dir():
         raise ConfigError(f"--root: expected a folder, got '{root}'.")
+    try:
+        LoaderConfig(threads=options.threads)
+        DataConfig(root=str(root), frame_name=options.frame_name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if options.lists is None:
         return _class_folders(root, options)
     for name in ("classes_file", "val_fraction"):
@@ -158,8 +164,7 @@ def _class_folders(root: Path, options: argparse.Namespace) -> _Source:
 
 def check_main(argv: Sequence[str]) -> int:
     """Audit lists and media; write the deny-list."""
-    from pipelines.audit import Finding, audit, format_deny_list
-    from pipelines.cache import replace_bytes
+    from pipelines.audit import Finding, audit, deny_reasons, list_notes, read_deny_list
 
     parser = Parser(
         prog="accel data check",
@@ -188,38 +193,55 @@ def check_main(argv: Sequence[str]) -> int:
     findings: list[Finding] = []
     faulty_shards: dict[str, set[str]] = {}  # what is wrong -> its videos
     checked = 0
-    for title, _, videos in _open_source(options).splits:
+    splits = _open_source(options).splits
+    out = Path(options.root).expanduser().absolute() / options.out
+    if out in [Path(split.title) for split in splits]:
+        raise ConfigError(f"--out: expected another file than the lists, got '{options.out}'.")
+    earlier = read_deny_list(out) if out.exists() else {}  # also of lists that are not checked now
+    names: set[str] = set()
+    for note in list_notes((split.title, split.videos) for split in splits):
+        print(note)
+    for _, _, videos in splits:
         checked += len(videos)
-        repeated = len(videos) - len({record.name for record in videos})
-        if repeated:
-            print(f"{title}: {repeated} lines repeat a path")
+        names.update(record.name for record in videos)
         for finding in audit(
             videos, threads=threads, frame_name=options.frame_name, decode=not options.quick
         ):
             findings.append(finding)
             if finding.shard is not None:
-                names = faulty_shards.setdefault(f"{finding.shard}: {finding.reason}", set())
-                names.add(finding.record.name)
+                owners = faulty_shards.setdefault(f"{finding.shard}: {finding.reason}", set())
+                owners.add(finding.record.name)
                 continue
             print(f"{'bad ' if finding.fatal else 'note'} {finding.record.name}: {finding.reason}")
-    denied = format_deny_list(findings)
-    for reason, names in faulty_shards.items():
-        print(f"bad  {reason} ({len(names)} videos)")
-    count = denied.count("\n") + sum(map(len, faulty_shards.values()))
+    denied = deny_reasons(findings)
+    for reason, owners in faulty_shards.items():
+        print(f"bad  {reason} ({len(owners)} videos)")
+    count = len(denied) + sum(map(len, faulty_shards.values()))
     what = "lines" if options.lists else "videos"
     print(f"{checked} {what} checked, {count} videos cannot be used")
     if faulty_shards:
         print("videos of a faulty shard are not denied: mend the shard, then check again")
-    if denied:
-        out = Path(options.root).expanduser() / options.out
-        replace_bytes(out, [denied.encode()])
-        print(f"deny-list: {out} (--data.deny_list)")
+    kept = {k: why for k, why in earlier.items() if options.quick or k not in names}
+    if denied or kept != earlier:
+        _write_deny_list(out, kept | denied)
     return 3 if count else 0
 
 
-def _check_tubes(options: argparse.Namespace) -> int:
+def _write_deny_list(path: Path, reasons: Mapping[str, str]) -> None:
+    from pipelines.audit import format_deny_list
     from pipelines.cache import replace_bytes
 
+    text = format_deny_list(reasons).encode("utf-8", "surrogateescape")
+    try:
+        replace_bytes(path, [text])
+    except OSError as error:
+        reason = error.strerror or str(error)
+        problem = f"the deny-list cannot be written: {reason}; what it would hold is printed above"
+        raise DataError(f"{path}: {problem}.") from error
+    print(f"deny-list: {path} (--data.deny_list)" + ("" if reasons else ", empty now"))
+
+
+def _check_tubes(options: argparse.Namespace) -> int:
     root = Path(options.root).expanduser().absolute()
     checked, reasons = audit_tube_set(
         root,
@@ -233,9 +255,7 @@ def _check_tubes(options: argparse.Namespace) -> int:
     print(f"{checked} videos checked, {len(reasons)} cannot be used")
     if not reasons:
         return 0
-    text = "".join(f"{name}\t{' '.join(reason.split())}\n" for name, reason in reasons.items())
-    replace_bytes(root / options.out, [text.encode()])
-    print(f"deny-list: {root / options.out} (--data.deny_list)")
+    _write_deny_list(root / options.out, reasons)
     return 3
 
 
@@ -329,6 +349,9 @@ def prepare_main(argv: Sequence[str]) -> int:
     for key, value, low in (("gop", options.gop, 1), ("short-side", options.short_side, 16)):
         if value < low:
             raise ConfigError(f"--{key}: expected an integer >= {low}, got {value}.")
+    most = {"h264": 51, "vp9": 63}.get(options.codec)
+    if most is not None and not 0 <= options.quality <= most:
+        raise ConfigError(f"--quality: expected 0..{most}, got {options.quality}.")
     source = _open_source(options)
     if len({split.list_name for split in source.splits}) < len(source.splits):
         raise ConfigError("--list: expected lists of different file names.")
@@ -352,7 +375,7 @@ def prepare_main(argv: Sequence[str]) -> int:
         frame_name=options.frame_name,
         class_names=source.class_names,
     )
-    for name, reason in report.failed.items():
+    for (name, _, _), reason in report.failed.items():
         print(f"not copied: {name}: {reason}")
     print(f"{report.written} copies written, {report.kept} kept, {len(report.failed)} failed")
     before_mb, after_mb = report.bytes_before / 1e6, report.bytes_after / 1e6
@@ -365,7 +388,7 @@ def prepare_main(argv: Sequence[str]) -> int:
         print(f"now         --data.root {out}{written}")
         return 0
     for _, list_name, videos in source.splits:
-        lacking = sum(record.name in report.failed for record in videos)
+        lacking = sum(record.part in report.failed for record in videos)
         if lacking:
             print(
                 f"{list_name}: {lacking} of {len(videos)} videos are missing in the copy: "
