@@ -61,12 +61,12 @@ class InFlight:
             self._open()
         if self._file is None:
             return
-        # One line: what may be left of a longer one behind it does not count. Not synced to the
-        # disk: this is about the end of a process, not of the machine.
+        # One line: what is left of a longer one behind it does not count, and to cut it off would
+        # wait for a network disk. Not synced either: this is about the end of a process, not of the
+        # machine.
         line = json.dumps(content).encode() + b"\n"
         with contextlib.suppress(OSError):  # a full disk is no reason to end
             os.pwrite(self._file, line, 0)
-            os.ftruncate(self._file, len(line))
 
     def keep(self) -> None:
         """Leave the file behind for the next start; what is written from now on is in another."""
