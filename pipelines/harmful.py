@@ -1,9 +1,10 @@
 """Videos that kill the process that decodes them, or never come back: they get into the index.
 
 While a decoder reads, its samples stand in a file beside the index (`pipelines.in_flight`). One
-that a dead process left behind is examined when the next loader of these videos is opened: each
-sample is decoded alone, by the same decoder, in a process that may die. The index then says of the
-guilty ones that they cannot be used, for as long as the files stay as they are.
+that a dead process left behind is examined when the next loader of these videos is opened, one of
+a decoder that hangs at once. Each sample is decoded alone, by the same decoder, in a process that
+may die. The index then says of the guilty ones that they cannot be used, for as long as the files
+stay as they are.
 """
 
 import functools
@@ -21,10 +22,11 @@ from pipelines.decoder_settings import DecoderSettings
 from pipelines.geometry import View
 from pipelines.in_flight import InFlight, find_harmful, left_behind
 from pipelines.index_file import MediaIndex, mark_unusable, read_index
-from pipelines.media_index import index_path, stamp_of
+from pipelines.media_index import stamp_of
 from pipelines.source import Sample, Steps
 
 _LOG = logging.getLogger(__name__)
+_ALONE_S = 60.0  # for one sample alone: other ranks wait meanwhile (run.timeout_s)
 
 
 def note(in_flight: InFlight | None, settings: DecoderSettings, samples: Sequence[Sample]) -> None:
@@ -43,42 +45,47 @@ def note(in_flight: InFlight | None, settings: DecoderSettings, samples: Sequenc
     in_flight.write({"decoder": asdict(settings), "samples": plain} if plain else {})
 
 
-def leave_out_harmful(
-    videos: VideoSet, *, cache_dir: Path, frame_name: str, timeout_s: float
-) -> None:
-    """Examine what processes that are dead were reading; mark in the index what must not be read.
+def leave_out_harmful(path: Path, videos: VideoSet, *, timeout_s: float) -> dict[int, str]:
+    """Examine what processes that are dead, or hang, were reading; mark in the index what must not
+    be read.
 
     Args:
-        videos, cache_dir, frame_name: as for `index_videos`, which reads the index afterwards.
-        timeout_s: longest wait for one sample.
+        path: of the index (`media_index.index_path`), which is opened afterwards.
+        videos: that it is of.
+        timeout_s: longest wait for one sample, if it is less than a minute.
+
+    Returns:
+        Id -> why the video cannot be used, for those found now.
 
     Raises:
         DataError: several samples in a row never come back.
     """
-    path = index_path(videos, cache_dir, frame_name)
+    found: dict[int, str] = {}
     with locked(path.with_suffix(".lock")):  # other ranks wait
         for left, content in left_behind(path.parent, path.stem):
             rows = read_index(path, len(videos))
             if content and rows is not None:
-                _examine(content, videos, MediaIndex(path, *rows), timeout_s)
+                found |= _examine(content, videos, MediaIndex(path, *rows), timeout_s)
             left.unlink(missing_ok=True)
+    return found
 
 
-def _examine(content: Any, videos: VideoSet, index: MediaIndex, timeout_s: float) -> None:
+def _examine(content: Any, videos: VideoSet, index: MediaIndex, timeout_s: float) -> dict[int, str]:
     try:
         settings, samples = _parsed(content, videos, index)
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        _LOG.warning(
-            "%s: ignoring what another version of accel was reading (%r)", index.path, error
-        )
-        return
+        _LOG.warning("%s: ignoring what another version was reading (%r)", index.path, error)
+        return {}
     if not samples:
-        return
+        return {}
     named = ", ".join(sample.path.name for sample in samples[:3]) + ", ..." * (len(samples) > 3)
-    _LOG.info("a process died while it read %s; each is decoded alone, by another one", named)
+    _LOG.info("a process came to its end while it read %s; each is decoded alone", named)
     task = functools.partial(_decode_each, settings)
-    found = find_harmful(task, samples, timeout_s=timeout_s)
-    mark_unusable(index.path, {samples[k].sample_id: what for k, what in found.items()})
+    places = find_harmful(task, samples, timeout_s=min(timeout_s, _ALONE_S))
+    found = {samples[place].sample_id: what for place, what in places.items()}
+    if found:
+        mark_unusable(index.path, found)
+    return found
 
 
 def _parsed(

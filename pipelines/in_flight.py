@@ -143,7 +143,10 @@ def find_harmful(task: Task[_T], items: Sequence[_T], *, timeout_s: float | None
                 end = message
             else:
                 current = message
-        if end is None or current < 0:
+        if end is None:
+            break
+        if current < 0:
+            _LOG.warning("a process that is to look at videos does not begin to: %s", end.what)
             break
         if end.guilty:
             found[first + current] = end.what

@@ -20,9 +20,9 @@ from pipelines.errors import DataError
 from pipelines.harmful import leave_out_harmful, note
 from pipelines.in_flight import InFlight
 from pipelines.media import MediaInfo
-from pipelines.media_index import index_videos
+from pipelines.media_index import index_path, index_videos
 from pipelines.order import Split, train_positions, val_positions
-from pipelines.prefetch import Batch, Prefetcher
+from pipelines.prefetch import Batch, HangError, Prefetcher
 from pipelines.quarantine import Quarantine
 from pipelines.recovery import GroupDecoder, Submitted
 from pipelines.source import Sample, SampleSource
@@ -88,12 +88,8 @@ def build_loader(
         )
     if quarantine is None:
         quarantine = Quarantine(videos, split=split, max_bad_fraction=dataset.max_bad_fraction)
-    leave_out_harmful(
-        videos,
-        cache_dir=dataset.cache_dir,
-        frame_name=dataset.frame_name,
-        timeout_s=loader.timeout_s,
-    )
+    index = index_path(videos, dataset.cache_dir, dataset.frame_name)
+    leave_out_harmful(index, videos, timeout_s=loader.timeout_s)
     infos = index_videos(
         videos,
         cache_dir=dataset.cache_dir,
@@ -254,6 +250,11 @@ class Loader:
                 f"got {epoch} and {start}."
             )
         self._state.stop()
+        if self._state.decoder is not None:
+            self._state.decoder.unread.clear()  # each evaluation tries them again
+        return self._iterate(self._start(epoch, start), epoch, start)
+
+    def _start(self, epoch: int, start: int) -> Prefetcher:
         if self._state.decoder is None:
             build = functools.partial(self._plan.build, self._backend)
             settings = self._plan.settings(self._backend)
@@ -261,10 +262,9 @@ class Loader:
             self._state.decoder = GroupDecoder(build, self.quarantine, reading)
         length = max(1, math.ceil(self._config.prefetch / self._group))
         decoder = self._state.decoder
-        decoder.unread.clear()  # each evaluation tries them again
         run = Prefetcher(self._decode(decoder, epoch, start), length, decoder.in_flight)
         self._state.run = run
-        return self._iterate(run)
+        return run
 
     def close(self) -> None:
         """End the background threads and release the decoder; the loader can be used again."""
@@ -354,9 +354,18 @@ class Loader:
         known = info.packets is not None
         return info.kind.whole_reason(packets_known=known, cut=self._cut) is not None
 
-    def _iterate(self, run: Prefetcher) -> Iterator[Batch]:
+    def _iterate(self, run: Prefetcher, epoch: int, index: int) -> Iterator[Batch]:
         try:
-            while (batches := run.next_group(self._config.timeout_s)) is not None:
+            while True:
+                try:
+                    batches = run.next_group(self._config.timeout_s)
+                except HangError:
+                    if not self._leave_out_hanging():
+                        raise
+                    run = self._start(epoch, index)
+                    continue
+                if batches is None:
+                    return
                 for batch in batches:
                     with self._ranges("upload"):
                         clips = batch.clips.to(self._device, non_blocking=True)
@@ -364,12 +373,23 @@ class Loader:
                         colors = batch.colors
                         if colors is not None:
                             colors = colors.to(self._device, non_blocking=True)
+                    index += 1
                     yield Batch(clips, labels, batch.sample_ids, colors, batch.missing)
         except DataError:
             self._state.release()  # a DALI pipeline is not valid after an error
             raise
         finally:
             run.stop()
+
+    def _leave_out_hanging(self) -> bool:
+        """Give up the decoder; whether single videos are known now to be what held it."""
+        self._state.release()
+        infos = self._source.infos
+        timeout_s = self._config.timeout_s
+        found = leave_out_harmful(infos.path, self._source.videos, timeout_s=timeout_s)
+        infos.problems.update(found)
+        self.quarantine.add_all(found.items())
+        return bool(found)
 
 
 class _State:

@@ -40,6 +40,10 @@ class Batch:
     one is a wrong answer of the evaluation."""
 
 
+class HangError(DataError):
+    """No batch came in time."""
+
+
 class Prefetcher:
     """One epoch: a thread that decodes group after group into a bounded queue.
 
@@ -83,14 +87,14 @@ class Prefetcher:
         return False
 
     def next_group(self, timeout_s: float) -> list[Batch] | None:
-        """The next batches, None at the end; raises what the thread raised."""
+        """The next batches, None at the end; raises what the thread raised, or HangError."""
         deadline = time.monotonic() + timeout_s
         while not self._stop.is_set():
             try:
                 item = self._queue.get(timeout=min(0.5, max(0.001, deadline - time.monotonic())))
             except queue.Empty:
                 if time.monotonic() >= deadline:
-                    raise DataError(self._timeout_message(timeout_s)) from None
+                    raise HangError(self._timeout_message(timeout_s)) from None
                 continue
             if isinstance(item, BaseException):
                 raise item
