@@ -5,6 +5,7 @@ against each other, and keeps the fastest. The outcome is remembered beside the 
 every rank decodes alike; a run that goes on from a checkpoint takes the decoder named there.
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import itertools
@@ -25,11 +26,11 @@ from pipelines.decoder_settings import Decoder, DecoderSettings
 from pipelines.errors import DataError, MediaError
 from pipelines.harmful import note
 from pipelines.in_flight import InFlight
-from pipelines.source import SampleSource
+from pipelines.source import Sample, SampleSource
 
 _LOG = logging.getLogger(__name__)
-_TURNS = 2
-"""Of each decoder in a measurement; the faster one counts: other work may disturb one of them."""
+_MEASURE_S = 2.0
+"""Of turns of all decoders; the fastest one counts, as other work disturbs now one, now another."""
 _FEWEST_VIDEOS = 64
 """Smaller sets are not measured: their epochs take less than a measurement is worth."""
 _MOST_DIFFERENCE = 12.0
@@ -190,8 +191,8 @@ def _versions() -> dict[str, str]:
 def measure(plan: DecoderPlan, names: Sequence[str]) -> tuple[dict[str, float], dict[str, str]]:
     """Clips/s of each decoder on the same samples, and the reasons of those that do not work.
 
-    In each of its turns a decoder is built, warmed up by one group and then reads three; its clips
-    must be those of "pyav".
+    Each is built and warmed up by one group, whose clips must be those of "pyav". Then they take
+    turns of three groups.
     """
     source = plan.source
     step = max(1, len(source) // (4 * plan.max_samples))
@@ -202,36 +203,52 @@ def measure(plan: DecoderPlan, names: Sequence[str]) -> tuple[dict[str, float], 
     groups = [picked[first : first + count] for first in range(0, len(picked), count)]
     rates: dict[str, float] = {}
     failed: dict[str, str] = {}
+    working: dict[str, Decoder] = {}
     reference: torch.Tensor | None = None
-    for name in _TURNS * sorted(names, key=lambda name: name != "pyav"):
-        if name in failed:
-            continue
-        decoder: Decoder | None = None
-        try:
-            decoder = plan.build(name)
-            note(plan.in_flight, plan.settings(name), picked)
-            clips = decoder.finish(decoder.submit(groups[0])).cpu()
+
+    def read(name: str, decoder: Decoder, groups: Sequence[list[Sample]]) -> torch.Tensor:
+        """The clips of the last group."""
+        note(plan.in_flight, plan.settings(name), picked)
+        submitted = [decoder.submit(group) for group in groups]
+        clips = [decoder.finish(each) for each in submitted][-1]
+        if plan.device.type == "cuda":
+            torch.cuda.synchronize(plan.device)
+        return clips
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(note, plan.in_flight, plan.settings("pyav"), ())
+        for name in sorted(names, key=lambda name: name != "pyav"):
+            try:
+                decoder = plan.build(name)
+                stack.callback(decoder.close)
+                clips = read(name, decoder, groups[:1]).cpu()
+            except (DataError, RuntimeError) as error:
+                failed[name] = _reason(error)
+                continue
             if reference is None:
                 reference = clips
             difference = (clips.float() - reference.float()).abs().mean().item()
             if clips.shape != reference.shape or difference > _MOST_DIFFERENCE:
                 failed[name] = f"its frames differ by {difference:.0f} levels"
-                continue
-            start = time.perf_counter()
-            submitted = [decoder.submit(group) for group in groups[1:]]
-            for each in submitted:
-                decoder.finish(each)
-            if plan.device.type == "cuda":
-                torch.cuda.synchronize(plan.device)
-            rate = (len(picked) - count) / (time.perf_counter() - start)
-            rates[name] = max(rate, rates.get(name, 0.0))
-        except (DataError, RuntimeError) as error:
-            rates.pop(name, None)
-            failed[name] = " ".join(str(error).split())[-120:]
-        finally:
-            if decoder is not None:
-                decoder.close()
-            note(plan.in_flight, plan.settings(name), ())
+            else:
+                working[name] = decoder
+        end = time.perf_counter() + _MEASURE_S
+        while working and time.perf_counter() < end:
+            for name, decoder in list(working.items()):
+                start = time.perf_counter()
+                try:
+                    read(name, decoder, groups[1:])
+                except (DataError, RuntimeError) as error:
+                    failed[name] = _reason(error)
+                    rates.pop(name, None)
+                    del working[name]
+                else:
+                    rate = (len(picked) - count) / (time.perf_counter() - start)
+                    rates[name] = max(rate, rates.get(name, 0.0))
     if not rates:  # the first batch will say what is wrong
         rates["pyav"] = 0.0
     return rates, failed
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[-120:]

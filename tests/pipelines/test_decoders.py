@@ -73,6 +73,7 @@ def test_every_decoder_is_measured_and_checked(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader = open_loader(dataset)
+    monkeypatch.setattr(decoders, "_MEASURE_S", 0.1)
     rates, failed = measure(loader._plan, ["dali", "pyav"])
     assert rates.keys() == {"dali", "pyav"} and min(rates.values()) > 0 and not failed
 
@@ -107,12 +108,11 @@ def test_a_disturbed_turn_does_not_decide(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader = open_loader(dataset)
-    # Start and end of the turns: pyav, dali, and both again; each reads the same clips.
-    times = iter([0.0, 9.0, 10.0, 12.0, 20.0, 21.0, 30.0, 36.0])
-    clock = SimpleNamespace(perf_counter=lambda: next(times))
-    monkeypatch.setattr(decoders, "time", clock)
+    # Start; may a turn begin, pyav, dali; may another one, pyav, dali; too late for a third.
+    times = iter([0.0, 0.1, 0.2, 0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.5, 1.8, 2.0])
+    monkeypatch.setattr(decoders, "time", SimpleNamespace(perf_counter=lambda: next(times)))
     rates, _ = measure(loader._plan, ["dali", "pyav"])
-    assert rates["pyav"] == pytest.approx(2 * rates["dali"]) and not list(times)
+    assert rates["pyav"] == pytest.approx(2 * rates["dali"]) and list(times) == []
 
 
 def test_decoders_that_cannot_read_the_set(
