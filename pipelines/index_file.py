@@ -23,7 +23,7 @@ from pipelines.media import MediaInfo, StreamKind
 from pipelines.packets import PacketTable
 
 _LOG = logging.getLogger(__name__)
-_MAGIC = b"accel media index 3\n"
+_MAGIC = b"accel media index 4\n"
 _ROW = np.dtype(
     [
         ("path", "<u8"),  # hash of the path

@@ -13,7 +13,7 @@ _CODEC_IDS = {
     "vp9": b"V_VP9",
 }
 _TICK_NS = 40_000_000
-_MOST_FRAMES = 32_000  # the time of a block is 16 bits from that of its cluster
+MOST_FRAMES = 32_000  # the time of a block is 16 bits from that of its cluster
 
 
 def can_hold(codec: str, header: bytes) -> bool:
@@ -45,8 +45,8 @@ def write_matroska(
     Raises:
         ValueError: more than 32 000 packets.
     """
-    if len(packets) > _MOST_FRAMES:
-        raise ValueError(f"write_matroska: expected <= {_MOST_FRAMES} packets, got {len(packets)}.")
+    if len(packets) > MOST_FRAMES:
+        raise ValueError(f"write_matroska: expected <= {MOST_FRAMES} packets, got {len(packets)}.")
     video = _element(0xE0, _number(0xB0, width) + _number(0xBA, height))
     track = _number(0xD7, 1) + _number(0x73C5, 1) + _number(0x83, 1) + _number(0x9C, 0)
     track += _element(0x86, _CODEC_IDS[codec]) + _number(0x23E383, _TICK_NS) + video

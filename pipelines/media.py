@@ -26,6 +26,9 @@ _STANDALONE = frozenset("av1 h264 hevc mjpeg vp8 vp9".split())
 _DECODERS = {"av1": "libdav1d"}  # where FFmpeg's decoder is not called like the codec
 _DALI_CPU_CODECS = frozenset(("mjpeg", "vp8", "vp9"))
 _NVDEC_CODECS = frozenset("av1 h264 hevc vp8 vp9".split())
+# Where the header says how long the lengths of units are; the units of a picture that refers to
+# none before it, nor do those after it: IDR; HEVC's CRA and BLA too (the table tells open GOPs).
+_KEYFRAME_UNITS = {"h264": (4, frozenset((5,))), "hevc": (21, frozenset(range(16, 22)))}
 _BLOCK_HEADER_BYTES = 64  # most that stands between a packet's position and its bytes
 
 
@@ -201,7 +204,7 @@ def _probe(path: Path, file: FileWindow) -> MediaInfo:
             raise MediaError(path, f"the file is damaged: {why(error)}; copy it again.") from error
     offsets = _places(file, packets) if name in _STANDALONE else None
     ranks = _ranks_by_time(packets) if name in _ONE_FRAME_PER_PACKET else None
-    if ranks is None or "avi" in facts[1].split(","):
+    if ranks is None or "avi" in facts[1].split(",") or not _begins_with_a_keyframe(packets):
         ranks = _ranks_by_decoding(name, header, packets) if offsets else None
     if ranks is None or not any(rank >= 0 for rank in ranks):
         num_frames, offsets = _count_frames(path) if packets else 0, None
@@ -215,6 +218,9 @@ def _probe(path: Path, file: FileWindow) -> MediaInfo:
         table = make_table(offsets, [packet.size for packet in packets], ranks, keyframes, header)
     regular = table is not None and int(table.ranks.min()) >= 0
     trimmable = table is not None and regular and table.closed and can_hold(name, header)
+    if trimmable and name in _KEYFRAME_UNITS:
+        assert table is not None
+        trimmable = all(_is_fresh_start(name, header, packets[k]) for k in table.keyframes)
     kind = StreamKind(*facts, *colors, regular, trimmable)
     return MediaInfo(kind, width, height, num_frames, file.size_bytes, table)
 
@@ -241,6 +247,31 @@ def _ranks_by_time(packets: list[Any]) -> list[int] | None:
     return [-1 if packet.is_discard else rank_of[packet.pts] for packet in packets]
 
 
+def _begins_with_a_keyframe(packets: list[Any]) -> bool:
+    """Whether the frames of all packets come. Whoever cuts a stream without encoding it anew leaves
+    frames at its start whose references are gone, and decoders leave them out. The times of shown
+    frames are known."""
+    shown = [packet.pts for packet in packets if not packet.is_discard]
+    if not shown or not packets[0].is_keyframe or packets[0].pts is None:
+        return False
+    return bool(packets[0].pts <= min(shown))
+
+
+def _is_fresh_start(codec: str, header: bytes, packet: Any) -> bool:
+    """Whether a keyframe of H.264 or HEVC, packed as in MP4, is a complete picture that nothing
+    after it looks beyond. With periodic intra refresh "keyframes" are places from which on a
+    picture builds up: PyAV tells when it is complete, a decoder of a cut file does not."""
+    length_at, types = _KEYFRAME_UNITS[codec]
+    num_bytes = (header[length_at] & 3) + 1  # of the length before each unit
+    content, place = bytes(packet), 0
+    while place + num_bytes < len(content):
+        first = content[place + num_bytes]
+        if (first & 31 if codec == "h264" else first >> 1 & 63) in types:
+            return True
+        place += num_bytes + int.from_bytes(content[place : place + num_bytes], "big")
+    return False
+
+
 def _ranks_by_decoding(codec: str, header: bytes, packets: list[Any]) -> list[int] | None:
     """As `_ranks_by_time`, by decoding with the packets' numbers for times."""
     import av
@@ -258,7 +289,8 @@ def _ranks_by_decoding(codec: str, header: bytes, packets: list[Any]) -> list[in
         return None
     if None in order or len(set(order)) < len(order):
         return None
-    for rank, number in enumerate(order):
+    shown = [number for number in order if not packets[number].is_discard]
+    for rank, number in enumerate(shown):
         ranks[number] = rank
     return ranks
 

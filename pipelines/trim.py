@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.matroska import write_matroska
+from pipelines.matroska import MOST_FRAMES, write_matroska
 from pipelines.packets import read_packets, read_whole
 from pipelines.source import Sample
 
@@ -14,7 +14,7 @@ def trimmed_stream(
     """A file that holds the wanted frames, and their indices in it.
 
     The same packets in the same order as in the video, from the keyframe before each wanted frame
-    up to it; the whole file where its kind cannot be cut.
+    up to it; the whole file where its kind cannot be cut, or where that would be too many packets.
 
     Args:
         sample: says which file.
@@ -30,6 +30,8 @@ def trimmed_stream(
     if table is None or not info.kind.trimmable:
         return read_whole(sample.path, info.size_bytes), frames.astype(np.int32)
     packets = np.concatenate(table.spans(frames.tolist()))
+    if len(packets) > MOST_FRAMES:
+        return read_whole(sample.path, info.size_bytes), frames.astype(np.int32)
     ranks = table.ranks[packets]
     kept = np.sort(ranks)
     encoded = write_matroska(
