@@ -13,7 +13,7 @@ from typing import Literal, overload
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.errors import AnnotationError
+from pipelines.errors import AnnotationError, DataError
 
 _LOG = logging.getLogger(__name__)
 _FORMS = {
@@ -22,6 +22,7 @@ _FORMS = {
     4: "<folder> <offset> <frames> <label>",
 }
 _LABEL = re.compile(r"[0-9]{1,9}")
+_UNLISTABLE = re.compile(r"^\s|[\t\n\r]|\s$")
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,13 @@ class VideoSet(Sequence[VideoRecord]):
 def format_list(records: Iterable[VideoRecord]) -> str:
     """The text of a list file, one `<path><tab>[<offset><tab>][<frames><tab>]<label>` per line."""
     return "".join(_line(r.name, r.label, r.num_frames, r.offset) for r in records)
+
+
+def refuse_unlistable(name: str) -> None:
+    """Raise a DataError if a list cannot hold this name."""
+    if _UNLISTABLE.search(name):
+        problem = "has a tab, a line break or a blank at an end"
+        raise DataError(f"{name!r}: {problem}, which no list can hold; rename it.")
 
 
 def _line(name: str, label: int, num_frames: int, offset: int) -> str:

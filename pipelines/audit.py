@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pipelines.annotations import Part, VideoRecord, VideoSet
+from pipelines.annotations import Part, VideoRecord, VideoSet, refuse_unlistable
 from pipelines.decode import decode_packets
 from pipelines.errors import AnnotationError, DataError, MediaError, why
 from pipelines.images import first_frame_name, read_images
@@ -267,7 +267,13 @@ def deny_reasons(findings: Iterable[Finding]) -> dict[str, str]:
 
 
 def format_deny_list(reasons: Mapping[str, str]) -> str:
-    """One `<path><tab><reason>` per video."""
+    """One `<path><tab><reason>` per video.
+
+    Raises:
+        DataError: there is a tab or a line break in a name.
+    """
+    for name in reasons:
+        refuse_unlistable(name)
     return "".join(f"{name}\t{' '.join(why.split())}\n" for name, why in reasons.items())
 
 
@@ -278,7 +284,7 @@ def read_deny_list(path: Path) -> dict[str, str]:
         AnnotationError: the file cannot be read, or a line has no tab.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise AnnotationError(path, f"cannot be read: {error}.") from error
     denied = {}

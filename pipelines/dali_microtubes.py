@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.dali_video import as_stored
 from pipelines.ssd_augment import MEAN_BGR, SSDView
 
 _TINY = 2.0**-23
@@ -42,7 +43,8 @@ class DaliViews:
             return fn.external_source(name=name)
 
         with self._pipeline:
-            image = fn.decoders.image(given("encoded"), output_type=dali.types.BGR)
+            bgr = {"output_type": dali.types.BGR, **as_stored()}
+            image = fn.decoders.image(given("encoded"), **bgr)
             value = {name: given(name) for name in _SCALARS}
             pixels = fn.cast(image, dtype=dali.types.FLOAT) + value["brightness"]
             pixels = _hue_and_saturation(dali, pixels * value["first"], value)

@@ -101,13 +101,15 @@ class DaliVideo:
                 clip = per_sample("decoded", layout="FHWC")  # per sample [unique frames, H, W, 3]
             elif self._images:
                 # Fancy upsampling of chroma, as Pillow's, is not nvJPEG's default.
-                fancy = {} if device_id is None else {"jpeg_fancy_upsampling": True}
+                as_pillow = as_stored() | (
+                    {} if device_id is None else {"jpeg_fancy_upsampling": True}
+                )
                 if cut_images:
                     window = {"start": per_sample("start0"), "end": per_sample("end0")}
-                    options = {**window, "axis_names": "HW", "device": device, **fancy}
+                    options = {**window, "axis_names": "HW", "device": device, **as_pillow}
                     clip = fn.decoders.image_slice(per_sample("encoded"), **options)
                 else:
-                    clip = fn.decoders.image(per_sample("encoded"), device=device, **fancy)
+                    clip = fn.decoders.image(per_sample("encoded"), device=device, **as_pillow)
             else:
                 # pad_mode "none": a missing frame is an error; the default would be a black frame.
                 decode = video_operator()
@@ -213,6 +215,15 @@ def video_operator() -> Any:
         if "`frames`" in documented and "`pad_mode`" in documented:
             return operator
     return None
+
+
+def as_stored() -> dict[str, bool]:
+    """Options of DALI's image decoders: do not turn images by their EXIF data. Pillow does not, and
+    the sizes of an index are of what is stored. DALI 1.34 never does."""
+    from nvidia.dali import fn
+
+    known = "adjust_orientation" in (fn.decoders.image.__doc__ or "")
+    return {"adjust_orientation": False} if known else {}
 
 
 def _shared(tensor: Any) -> torch.Tensor:

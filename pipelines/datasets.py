@@ -11,7 +11,7 @@ import numpy as np
 from pipelines.annotations import VideoSet, read_class_names, read_list
 from pipelines.audit import read_deny_list
 from pipelines.config import DataConfig
-from pipelines.errors import AnnotationError, DataError
+from pipelines.errors import AnnotationError, DataError, why
 from pipelines.list_cache import cached_list
 
 _LOG = logging.getLogger(__name__)
@@ -193,8 +193,15 @@ def _from_folders(root: Path, data: DataConfig, classes_file: Path | None) -> _S
 
 
 def _subfolders(folder: Path) -> tuple[str, ...]:
-    entries = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    return tuple(sorted(entry.name for entry in entries if entry.is_dir()))
+    names = (name for name in _listed(folder) if not name.startswith("."))
+    return tuple(name for name in names if os.path.isdir(folder / name))
+
+
+def _listed(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {why(error)}.") from error
 
 
 def _class_folder_rows(
@@ -206,9 +213,9 @@ def _class_folder_rows(
     rows = {"videos": [], "frames": []}  # type: dict[str, list[tuple[str, int]]]
     for label, class_name in enumerate(names):
         class_folder = folder / class_name
-        if not class_folder.is_dir():
+        if not os.path.isdir(class_folder):
             continue
-        for name in sorted(os.listdir(class_folder)):
+        for name in _listed(class_folder):
             path = class_folder / name
             row = (path.relative_to(root).as_posix(), label)
             if name.startswith("."):
@@ -217,7 +224,7 @@ def _class_folder_rows(
                 raise DataError(f"{root}: the name {row[0]!r} is no UTF-8 text; rename it.")
             if path.suffix.lower() in VIDEO_SUFFIXES:
                 rows["videos"].append(row)
-            elif path.is_dir():
+            elif os.path.isdir(path):
                 rows["frames"].append(row)
     if kind == "auto" and rows["videos"] and rows["frames"]:
         raise DataError(

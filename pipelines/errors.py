@@ -18,7 +18,8 @@ class AnnotationError(DataError):
     """A list file, or one line of it (1-based), that cannot be used."""
 
     def __init__(self, path: Path | str, problem: str, line: int | None = None) -> None:
-        super().__init__(f"{path}:{line}: {problem}" if line is not None else f"{path}: {problem}")
+        where = shown(path) if line is None else f"{shown(path)}:{line}"
+        super().__init__(f"{where}: {problem}")
         self.path = Path(path)
         self.line = line
         self.problem = problem
@@ -28,9 +29,14 @@ class MediaError(DataError):
     """A media file that cannot be decoded as asked."""
 
     def __init__(self, path: Path | str, problem: str) -> None:
-        super().__init__(f"{path}: {problem}")
+        super().__init__(f"{shown(path)}: {problem}")
         self.path = Path(path)
         self.problem = problem
+
+
+def shown(name: Path | str) -> str:
+    """A name as messages have it: on one line, whatever is in it."""
+    return re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], str(name))
 
 
 def why(error: BaseException) -> str:

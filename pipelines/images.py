@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.annotations import VideoRecord
-from pipelines.errors import MediaError
+from pipelines.errors import MediaError, why
 from pipelines.media import MediaInfo, StreamKind
 from pipelines.packets import media_file, read_packets
 
@@ -78,8 +78,7 @@ def probe_frames(record: VideoRecord, frame_name: str) -> MediaInfo:
     try:
         size_bytes = folder.stat().st_size
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        problem = f"cannot be read: {reason}; check the list and data.root."
+        problem = f"cannot be read: {why(error)}; check the list and data.root."
         raise MediaError(folder, problem) from error
     if not folder.is_dir():
         problem = "expected a folder of frames, got a file; video lists are `<path> <label>`."
@@ -92,7 +91,7 @@ def probe_frames(record: VideoRecord, frame_name: str) -> MediaInfo:
         while frame_name.format(first + num_frames) in present:
             num_frames += 1
     for number in (first, first + max(num_frames, 1) - 1):
-        if not (folder / frame_name.format(number)).is_file():
+        if not os.path.isfile(folder / frame_name.format(number)):
             names = _listed(folder)
             raise MediaError(
                 folder,
@@ -101,8 +100,12 @@ def probe_frames(record: VideoRecord, frame_name: str) -> MediaInfo:
                 "correct the list or pass --data.frame_name.",
             )
     path = folder / frame_name.format(first)
-    with path.open("rb") as handle:
-        codec, width, height = image_header(path, handle.read(_HEAD_BYTES))
+    try:
+        with path.open("rb") as handle:
+            head = handle.read(_HEAD_BYTES)
+    except OSError as error:
+        raise MediaError(path, f"cannot be read: {why(error)}.") from error
+    codec, width, height = image_header(path, head)
     kind = StreamKind(codec, "folder", "", 0, 2, True, False, frame_name)
     return MediaInfo(kind, width, height, num_frames, size_bytes, None, first)
 
@@ -111,24 +114,27 @@ def _listed(folder: Path) -> list[str]:
     try:
         return os.listdir(folder)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise MediaError(folder, f"cannot be read: {reason}.") from error
+        raise MediaError(folder, f"cannot be read: {why(error)}.") from error
 
 
 def image_header(path: Path | str, head: bytes) -> tuple[str, int, int]:
     """("jpeg" or "png", width, height) from the first bytes of a file.
 
     Raises:
-        MediaError: it is neither.
+        MediaError: it is neither, or decoders do not agree on its colors.
     """
     if head.startswith(b"\x89PNG\r\n\x1a\n") and len(head) >= 24:
         return "png", *struct.unpack_from(">II", head, 16)
-    place = 2
-    while head.startswith(b"\xff\xd8") and place + 9 <= len(head) and head[place] == 0xFF:
+    place, adobe = 2, False
+    while head.startswith(b"\xff\xd8") and place + 10 <= len(head) and head[place] == 0xFF:
         marker, length = struct.unpack_from(">xBH", head, place)
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
-            height, width = struct.unpack_from(">HH", head, place + 5)
+            height, width, channels = struct.unpack_from(">HHB", head, place + 5)
+            if channels == 4 and not adobe:  # DALI inverts it, Pillow does not
+                problem = "a CMYK image that does not say whether it is inverted (no Adobe marker)"
+                raise MediaError(path, f"expected an RGB or gray image, got {problem}; convert it.")
             return "jpeg", width, height
+        adobe = adobe or marker == 0xEE
         place += 1 if marker == 0xFF else 2 + length
     got = "0 bytes" if not head else "other content"
     raise MediaError(path, f"expected a JPEG or PNG image, got {got}; copy or extract it again.")
@@ -162,6 +168,9 @@ def _decoded(path: Path | str, content: bytes) -> npt.NDArray[np.uint8]:
 
     try:
         with Image.open(BytesIO(content), formats=("JPEG", "PNG")) as image:
+            if image.mode.startswith("I"):  # 16-bit gray: Pillow would clip it at 255
+                gray = (np.asarray(image, np.uint32) + 128) // 257
+                return np.repeat(gray[..., None].astype(np.uint8), 3, axis=2)
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
         raise MediaError(path, f"cannot be decoded: {error}; extract it again.") from error
@@ -182,8 +191,7 @@ def _content(path: str) -> bytes:
         finally:
             os.close(handle)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise MediaError(path, f"cannot be read: {reason}.") from error
+        raise MediaError(path, f"cannot be read: {why(error)}.") from error
 
 
 def read_images(folder: Path, info: MediaInfo, frames: Sequence[int]) -> npt.NDArray[np.uint8]:

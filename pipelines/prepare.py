@@ -10,7 +10,6 @@ import errno
 import itertools
 import json
 import os
-import re
 import sys
 import time
 from collections import Counter
@@ -24,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from pipelines.annotations import Part, VideoRecord, VideoSet, format_list
+from pipelines.annotations import Part, VideoRecord, VideoSet, format_list, refuse_unlistable
 from pipelines.audit import check_video
 from pipelines.cache import file_lock, put_in_place, replace_bytes
 from pipelines.decode import read_frames
@@ -46,7 +45,6 @@ _ENCODERS: dict[str, tuple[str, str, dict[str, str]]] = {
     "h264": ("libx264", ".mp4", {"preset": "medium", "bf": "0", "sc_threshold": "0"}),
     "vp9": ("libvpx-vp9", ".webm", {"deadline": "good", "cpu-used": "4", "b": "0"}),
 }
-_UNLISTABLE = re.compile(r"^\s|[\t\n]|\s$")
 _FRAMES_PER_S = 25  # of folders of frames
 # Errors of the disk that is written to, not of an original: every further copy would fail as well.
 _CANNOT_WRITE = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS))
@@ -293,9 +291,7 @@ def _names(records: Sequence[VideoRecord], encoding: Encoding) -> dict[Part, str
     owners: dict[str, str] = {}
     starts = Counter((record.name, record.offset) for record in records)
     for record in records:
-        if _UNLISTABLE.search(record.name):
-            problem = "has a tab, a line break or a blank at an end"
-            raise DataError(f"{record.name!r}: {problem}, which no list can hold; rename it.")
+        refuse_unlistable(record.name)
         listed = PurePosixPath(record.name)
         if listed.is_absolute() or ".." in listed.parts:
             raise DataError(f"{record.name}: expected a path below the root; copies keep it.")

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipelines.annotations import VideoSet
 from pipelines.cache import file_lock, replace_bytes
-from pipelines.errors import DataError, MediaError, too_many_unusable
+from pipelines.errors import DataError, MediaError, shown, too_many_unusable
 from pipelines.order import Split
 
 _LOG = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class Quarantine:
                     _write(self.path, sorted(merged, key=lambda e: (e.split, e.sample_id)))
                 self._keep(own)
         for entry in entries[:3]:
-            facts = (entry.sample_id, entry.path, _EFFECTS[self._split], entry.reason)
+            facts = (entry.sample_id, shown(entry.path), _EFFECTS[self._split], entry.reason)
             _LOG.warning("%s video %d (%s) cannot be used, %s: %s", _TITLES[self._split], *facts)
         if len(entries) > 3:
             _LOG.warning("and %d more", len(entries) - 3)
@@ -207,12 +207,14 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _read(path: Path) -> list[Unusable]:
     try:
-        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as handle:
+            rows = list(csv.reader(handle))
     except FileNotFoundError:
         return []
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
-    rows = list(csv.reader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise DataError(f"{path}: {error}; repair or delete the file.") from error
     try:
         if rows[:1] != [_HEADER]:
             raise ValueError("another header" if rows else "the file is empty")
@@ -224,7 +226,8 @@ def _read(path: Path) -> list[Unusable]:
 
 def _write(path: Path, entries: list[Unusable]) -> None:
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
+    # Names in quotes: there may be line breaks in them.
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(_HEADER)
     writer.writerows(astuple(entry) for entry in entries)
     try:

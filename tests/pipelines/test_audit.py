@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from accel.cli.main import main
-from pipelines.audit import read_deny_list
+from pipelines.audit import format_deny_list, read_deny_list
 from pipelines.config import DataConfig
 from pipelines.datasets import open_dataset
 from pipelines.errors import AnnotationError, DataError
@@ -118,3 +118,12 @@ def test_folders_are_checked_frame_by_frame(
     assert main(["data", "check", "--root", str(tmp_path), "--list", "list.txt"]) == 3
     assert "note short: the folder has more frames than the 8" in capsys.readouterr().out
     assert read_deny_list(tmp_path / "deny.txt").keys() == {"missing", "cut", "size"}
+
+
+@pytest.mark.parametrize("name", ["a\nb.mp4", "a\tb.mp4", "a\rb.mp4", " a.mp4"])
+def test_names_that_no_deny_list_can_hold_are_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=r"which no list can hold; rename it"):
+        format_deny_list({"fine": "why", name: "why"})
+    path = tmp_path / "deny.txt"
+    path.write_text(format_deny_list({"a\u2028b": "is cut\noff"}))
+    assert read_deny_list(path) == {"a\u2028b": "is cut off"}

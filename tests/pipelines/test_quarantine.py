@@ -43,6 +43,19 @@ def test_quarantine_files(videos: VideoSet, tmp_path: Path) -> None:
             opened()
 
 
+@pytest.mark.parametrize(
+    "name", ["a\nb", "a\rb", "\r\n", 'a, "b"', "\u2028ü", " a ", "\udcff", "'%s"]
+)
+def test_any_name_is_stored(tmp_path: Path, name: str) -> None:
+    videos = VideoSet(tmp_path, [(name, 0), ("b", 0)])
+
+    def opened() -> Quarantine:
+        return Quarantine(videos, split="train", max_bad_fraction=1.0, path=tmp_path / "q.csv")
+
+    opened().add(0, "a reason")
+    assert [(entry.sample_id, entry.path) for entry in opened().entries] == [(0, name)]
+
+
 def test_what_is_refused_is_not_written(videos: VideoSet, tmp_path: Path) -> None:
     """Two processes find one video more than tolerated: the run can be resumed all the same."""
 
