@@ -3,6 +3,7 @@
 The graph has no state and no random operator: everything random comes with the sample.
 """
 
+import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -72,12 +73,18 @@ class DaliVideo:
         self._cut_frames = direct and read_frames is not None
         cut_images = direct and self._images
         self._pool = ReadPool(threads)
+        # What DALI leaves on a GPU is copied before the next run: nothing tells DALI until when
+        # torch's kernels, which run later, read its memory. On a stream of its own the copy waits
+        # for the decoder, not for the training step.
+        self._stream: Any = None
+        if device_id is not None:
+            self._stream = torch.cuda.Stream(device_id)  # type: ignore[no-untyped-call]
         self._feed: dict[str, list[Any]] = {}
         # No affinity: the pipeline shares the cores with the training threads.
         # exec_dynamic: outputs stay valid while a tensor refers to them. Without it (DALI 1.34) the
         # next run overwrites them, so they are copied.
         dynamic = "exec_dynamic" in inspect.signature(dali.Pipeline.__init__).parameters
-        self._to_torch = _shared if dynamic else _copied
+        self._to_torch = _shared if dynamic else _copied if device_id is None else _copied_on_gpu
         self._pipeline: Any = dali.Pipeline(
             batch_size=max_samples * max_frames if self._images else max_samples,
             num_threads=threads,
@@ -149,7 +156,7 @@ class DaliVideo:
 
         Returns:
             [N, views, F, size, size, 3] uint8 RGB where DALI decodes, F = frame indices of a
-            sample; one view shares DALI's memory.
+            sample; complete. One view on the CPU shares DALI's memory.
 
         Raises:
             MediaError: a file has another size than when it was indexed, or does not give its
@@ -159,10 +166,18 @@ class DaliVideo:
         values = [future.result() for future in submitted]
         frames = [len(value["encoded"]) for value in values] if self._images else None
         self._feed = {name: _batched(name, values, frames) for name in self._inputs}
+        if self._stream is None:
+            return self._run(values)
+        with torch.cuda.stream(self._stream):
+            clips = self._run(values)
+        self._stream.synchronize()
+        return clips
+
+    def _run(self, values: Sequence[dict[str, Any]]) -> torch.Tensor:
         views = [self._to_torch(view.as_tensor()) for view in self._pipeline.run()]
         if self._images:
             views = [self._clips(view, values) for view in views]
-        if len(views) == 1:
+        if len(views) == 1 and self._stream is None:
             return views[0].unsqueeze(1)  # [N, 1, F, size, size, 3]
         return torch.stack(views, dim=1)  # [N, views, F, size, size, 3]
 
@@ -233,6 +248,13 @@ def _shared(tensor: Any) -> torch.Tensor:
 
 def _copied(tensor: Any) -> torch.Tensor:
     return torch.from_numpy(np.array(tensor))
+
+
+def _copied_on_gpu(tensor: Any) -> torch.Tensor:
+    plugin: Any = importlib.import_module("nvidia.dali.plugin.pytorch")  # untyped
+    copy = torch.empty(tensor.shape(), dtype=torch.uint8, device="cuda")
+    plugin.feed_ndarray(tensor, copy, cuda_stream=torch.cuda.current_stream())
+    return copy
 
 
 def _batched(name: str, values: Sequence[dict[str, Any]], frames: list[int] | None) -> Any:

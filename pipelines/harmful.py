@@ -26,7 +26,9 @@ from pipelines.media_index import stamp_of
 from pipelines.source import Sample, Steps
 
 _LOG = logging.getLogger(__name__)
-_ALONE_S = 60.0  # for one sample alone: other ranks wait meanwhile (run.timeout_s)
+# Shortest and longest wait for one sample alone: a new process imports before the first one, and
+# other ranks wait meanwhile (run.timeout_s).
+_ALONE_S = (10.0, 60.0)
 
 
 def note(in_flight: InFlight | None, settings: DecoderSettings, samples: Sequence[Sample]) -> None:
@@ -52,7 +54,7 @@ def leave_out_harmful(path: Path, videos: VideoSet, *, timeout_s: float) -> dict
     Args:
         path: of the index (`media_index.index_path`), which is opened afterwards.
         videos: that it is of.
-        timeout_s: longest wait for one sample, if it is less than a minute.
+        timeout_s: longest wait for one sample, between ten seconds and a minute.
 
     Returns:
         Id -> why the video cannot be used, for those found now.
@@ -81,7 +83,7 @@ def _examine(content: Any, videos: VideoSet, index: MediaIndex, timeout_s: float
     named = ", ".join(sample.path.name for sample in samples[:3]) + ", ..." * (len(samples) > 3)
     _LOG.info("a process came to its end while it read %s; each is decoded alone", named)
     task = functools.partial(_decode_each, settings)
-    places = find_harmful(task, samples, timeout_s=min(timeout_s, _ALONE_S))
+    places = find_harmful(task, samples, timeout_s=min(max(timeout_s, _ALONE_S[0]), _ALONE_S[1]))
     found = {samples[place].sample_id: what for place, what in places.items()}
     if found:
         mark_unusable(index.path, found)

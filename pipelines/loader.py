@@ -369,6 +369,8 @@ class Loader:
                 for batch in batches:
                     with self._ranges("upload"):
                         clips = batch.clips.to(self._device, non_blocking=True)
+                        if batch.clips.is_cuda:  # decoded there, on another stream
+                            clips.record_stream(torch.cuda.current_stream(self._device))
                         labels = batch.labels.to(self._device, non_blocking=True)
                         colors = batch.colors
                         if colors is not None:
