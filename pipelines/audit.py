@@ -19,12 +19,15 @@ from tqdm import tqdm
 from pipelines.annotations import Part, VideoRecord, VideoSet, refuse_unlistable
 from pipelines.decode import decode_packets
 from pipelines.errors import AnnotationError, DataError, MediaError, why
-from pipelines.images import first_frame_name, read_images
+from pipelines.images import first_frame_name, read_encoded, read_images
 from pipelines.in_flight import End, find_harmful, messages
 from pipelines.media import MediaInfo, open_video
 from pipelines.shards import Shard, packed_name, probe_record, shard_opener
 
 _BLACK = 20  # luma below it (16 is black) all over the frame
+# FFmpeg's JPEG decoder goes on after an error unless told not to; others are not changed by it, and
+# to those of VP8 and VP9 most bytes are some picture.
+_STRICT = {"err_detect": "explode"}
 _TAIL = 3  # black frames at the end that follow a picture
 
 
@@ -151,7 +154,7 @@ def check_video(
         if packed is not None and decode:
             open_shard(packed[0]).record(packed[1])  # its checksum
         if info.kind.frame_name:
-            return [Finding(record, text, False) for text in _images(record, info, decode)]
+            return list(_images(record, info, decode))
         return list(_file(record, info, decode))
     except MediaError as error:
         packed = packed_name(record.path)
@@ -166,7 +169,7 @@ def _file(record: VideoRecord, info: MediaInfo, decode: bool) -> Iterator[Findin
     if info.packets is None:
         yield Finding(record, "frames can only be decoded from the start of the file", False)
     times: list[int | None] = []
-    means: list[float] = []
+    brightest: list[int] = []
     try:
         if not decode:
             times = _packet_times(path)
@@ -177,20 +180,14 @@ def _file(record: VideoRecord, info: MediaInfo, decode: bool) -> Iterator[Findin
                     reason = f"frame {len(times) - 1} is damaged (the decoder filled it in)"
                     yield Finding(record, reason, True)
                     return
-                luma = np.frombuffer(frame.planes[0], np.uint8)
-                means.append(float(luma[:: max(1, luma.size // 4096)].max()))
+                brightest.append(_brightest(frame))
     except av.FFmpegError as error:
         raise MediaError(path, f"cannot be decoded: {why(error)}.") from error
     if decode and len(times) != info.num_frames:
         reason = f"{info.num_frames} frames by its packets, {len(times)} decoded"
         yield Finding(record, reason, True)
-    black = 0
-    while black < len(means) and means[-1 - black] < _BLACK:
-        black += 1
-    if _TAIL <= black < len(means):
-        yield Finding(record, f"its last {black} of {len(means)} frames are black", True)
-    if black and black == len(means):
-        yield Finding(record, "all its frames are black", True)
+    if end := _black_end(brightest):
+        yield Finding(record, end, True)
     known = np.array([time for time in times if time is not None])
     steps = np.diff(known) if len(known) > 2 else np.zeros(1)
     # Containers round times to their unit: neighbors may differ by one.
@@ -204,8 +201,31 @@ def _frames(path: Path, info: MediaInfo) -> Iterator[Any]:
         yield from decode_packets(path, info)
         return
     with open_video(path) as container:
-        container.streams.video[0].thread_type = "NONE"
+        stream = container.streams.video[0]
+        stream.thread_type = "NONE"
+        if info.kind.codec == "mjpeg":
+            stream.codec_context.options = _STRICT
         yield from container.decode(video=0)
+
+
+def _brightest(frame: Any) -> int:
+    """Of some 4096 samples of the luma of a PyAV frame, as 8 bits."""
+    bits = frame.format.components[0].bits
+    luma = np.frombuffer(frame.planes[0], np.uint8 if bits <= 8 else np.uint16)
+    brightest: int = luma[:: max(1, luma.size // 4096)].max().item() >> max(0, bits - 8)
+    return brightest
+
+
+def _black_end(brightest: Sequence[int]) -> str | None:
+    """What is wrong with how a video ends, from the brightest sample of each frame."""
+    black = 0
+    while black < len(brightest) and brightest[-1 - black] < _BLACK:
+        black += 1
+    if black and black == len(brightest):
+        return "all its frames are black"
+    if black >= _TAIL:
+        return f"its last {black} of {len(brightest)} frames are black"
+    return None
 
 
 def _packet_times(path: Path) -> list[int | None]:
@@ -215,19 +235,48 @@ def _packet_times(path: Path) -> list[int | None]:
         return sorted(p.pts for p in container.demux(video=0) if p.pts is not None)
 
 
-def _images(record: VideoRecord, info: MediaInfo, decode: bool) -> Iterator[str]:
+def _images(record: VideoRecord, info: MediaInfo, decode: bool) -> Iterator[Finding]:
     """Of a folder of frames, or of its record in a shard."""
     name, first = info.kind.frame_name, info.first_number
     if record.num_frames and (record.path / name.format(first + info.num_frames)).exists():
-        yield f"the folder has more frames than the {record.num_frames} of the list"
+        reason = f"the folder has more frames than the {record.num_frames} of the list"
+        yield Finding(record, reason, False)
     frames = range(info.num_frames)
+    brightest: list[int] = []
     for start in range(0, info.num_frames, 32) if decode else ():
-        read_images(record.path, info, frames[start : start + 32])
+        part = frames[start : start + 32]
+        pixels = read_images(record.path, info, part)  # [F, H, W, 3]
+        brightest += pixels[:, ::4, ::4].max(axis=(1, 2, 3)).tolist()
+        if info.kind.codec != "jpeg":
+            continue
+        for frame, content in zip(part, read_encoded(record.path, info, part), strict=True):
+            if _is_garbage(content):
+                file = name.format(first + frame)
+                yield Finding(record, f"{file} is damaged, although it decodes", True)
+                return
+    if end := _black_end(brightest):
+        yield Finding(record, end, True)
     if not decode and info.packets is None:
         for frame in frames:
             path = record.path / name.format(first + frame)
             if not path.is_file():
                 raise MediaError(path, "the frame is missing.")
+
+
+def _is_garbage(content: bytes) -> bool:
+    """Whether a JPEG's codes lead nowhere. Pillow and DALI give some pixels for them."""
+    import av
+
+    decoder: Any = av.CodecContext.create("mjpeg", "r")
+    decoder.thread_type, decoder.options = "NONE", _STRICT
+    try:
+        for packet in (av.Packet(content), None):
+            decoder.decode(packet)
+    except av.InvalidDataError:
+        return True
+    except av.FFmpegError:  # a kind of JPEG that FFmpeg does not have
+        pass
+    return False
 
 
 def list_notes(splits: Iterable[tuple[str, VideoSet]]) -> Iterator[str]:

@@ -69,7 +69,8 @@ class FileWindow:
 def find_damage(file: FileWindow) -> str | None:
     """What is wrong with a file as a container (a sentence), or None if nothing is known.
 
-    Checks Matroska/WebM, MP4/MOV and AVI; recognizes empty files, web pages and Git LFS pointers.
+    Checks Matroska/WebM, MP4/MOV, AVI and MPEG-TS; recognizes empty files, web pages and Git LFS
+    pointers.
 
     Raises:
         OSError: the file cannot be read.
@@ -87,7 +88,7 @@ def find_damage(file: FileWindow) -> str | None:
         return _mp4_damage(file)
     if head.startswith(b"RIFF"):
         return _avi_damage(head, file.size_bytes)
-    return None
+    return _ts_damage(file)
 
 
 def _cut(declared: int, got: int) -> str:
@@ -99,6 +100,16 @@ def _avi_damage(head: bytes, size_bytes: int) -> str | None:
         return _cut(12, size_bytes)
     declared = struct.unpack_from("<I", head, 4)[0] + 8
     return _cut(declared, size_bytes) if declared > size_bytes else None
+
+
+def _ts_damage(file: FileWindow) -> str | None:
+    """An MPEG transport stream consists of packets of one size, each with a byte to find it by."""
+    head = file.read(0, 1024)
+    for size, place in ((188, 0), (192, 4), (204, 0)):
+        marks = head[place::size][:5]
+        if marks == b"\x47" * 5 and file.size_bytes % size:
+            return f"it ends in the middle of a packet of {size} bytes: {_BAD_COPY}."
+    return None
 
 
 def _mp4_damage(file: FileWindow) -> str | None:

@@ -22,11 +22,11 @@ def write_list(root: Path, names: list[str], file: str = "list.txt") -> None:
     (root / file).write_text("".join(f"{name} {k % 2}\n" for k, name in enumerate(names)))
 
 
-def black_tail(path: Path) -> None:
+def black_tail(path: Path, pixel_format: str = "yuv420p") -> None:
     """Ten frames of a picture, then four black ones."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
-        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = 96, 64, pixel_format
         for index in range(14):
             pixels = np.full((64, 96, 3), 128 if index < 10 else 0, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
@@ -71,6 +71,51 @@ def test_damage_is_found_and_denied(
     (tmp_path / "deny.txt").write_text("no tab\n")
     with pytest.raises(AnnotationError, match=r"deny\.txt:1: expected"):
         open_dataset(data)
+
+
+def test_black_frames_and_garbage_are_found_in_every_form(
+    tmp_path: Path, make_video: MakeVideo, make_frames: Callable[..., Path]
+) -> None:
+    """10-bit video, MPEG-TS, folders of frames, a JPEG that lacks its last part, noise in MJPEG."""
+    black_tail(tmp_path / "ten.mp4", "yuv420p10le")
+    for name in ("tail", "dark", "noise", "good"):
+        make_frames(name, num_frames=12)
+    black = Image.new("RGB", (96, 64))
+    for number in range(1, 13):
+        black.save(tmp_path / "dark" / f"{number:05d}.jpg")
+        if number > 8:
+            black.save(tmp_path / "tail" / f"{number:05d}.jpg")
+    path = tmp_path / "noise" / "00005.jpg"
+    rng = np.random.default_rng(0)
+    clear = Image.fromarray(rng.integers(0, 255, (64, 96, 3), np.uint8))
+    clear.save(path, quality=90)
+    path.write_bytes(path.read_bytes()[:-2000] + b"\xff\xd9")  # a cut file with an end
+    wrong = np.asarray(Image.open(path)).astype(int) - np.asarray(clear)
+    assert np.abs(wrong[32:]).mean() > 20  # Pillow says nothing
+    mjpeg = make_video("mj.avi", codec="mjpeg", pixel_format="yuvj420p")
+    with av.open(str(mjpeg)) as container:
+        packet = next(each for each in container.demux(video=0) if each.size and each.pts == 4)
+        place, size = packet.pos + packet.size // 2, packet.size // 4
+    content = bytearray(mjpeg.read_bytes())
+    noise = rng.integers(0, 255, size, np.uint8).tobytes().replace(b"\xff", b"\0")
+    content[place : place + size] = noise
+    mjpeg.write_bytes(content)
+    stream = make_video("cut.ts", codec="libx264", num_frames=30)
+    stream.write_bytes(stream.read_bytes()[: 188 * 20 + 50])
+
+    write_list(tmp_path, ["mj.avi", "ten.mp4", "cut.ts"], "files.txt")
+    lines = [f"{name} 12 0\n" for name in ("tail", "dark", "noise", "good")]
+    (tmp_path / "folders.txt").write_text("".join(lines))
+    options = ["--root", str(tmp_path), "--threads", "1", "--list", "files.txt", "folders.txt"]
+    assert main(["data", "check", *options]) == 3
+    denied = read_deny_list(tmp_path / "deny.txt")
+    assert denied.keys() == {"mj.avi", "ten.mp4", "cut.ts", "tail", "dark", "noise"}
+    assert denied["ten.mp4"] == denied["tail"].replace("of 12", "of 14")
+    assert denied["tail"] == "its last 4 of 12 frames are black"
+    assert denied["dark"] == "all its frames are black"
+    assert denied["noise"] == "00005.jpg is damaged, although it decodes"
+    assert "ends in the middle of a packet of 188 bytes" in denied["cut.ts"]
+    assert "cannot be decoded" in denied["mj.avi"]
 
 
 def test_a_good_set_and_its_statistics(
