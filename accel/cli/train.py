@@ -45,18 +45,12 @@ def _train(recipe: configs.Recipe, out: Path, options: argparse.Namespace) -> in
     from accel.engine.stop import StopRequested
     from accel.engine.trainer import Trainer
 
-    trainer_type: type[Trainer] = Trainer
-    if recipe.detection.network != "none":
-        from accel.engine.detection import DetectionTrainer
-
-        trainer_type = DetectionTrainer
-
     world = start_world(resolve_device(recipe.run.device).type, recipe.run.timeout_s)
     if not world.is_main:
         logging.disable(logging.WARNING)
     scratch = tempfile.TemporaryDirectory() if options.dry_run else None
     try:
-        trainer = trainer_type(
+        trainer = Trainer(
             recipe,
             out if scratch is None else Path(scratch.name),
             resume=options.resume if scratch is None else "none",

@@ -11,7 +11,6 @@ import torch
 from accel.engine import config as configs
 from accel.engine.run import environment
 from accel.engine.trainer import Trainer
-from pipelines.loader import Batch
 
 MODES = ("compute", "loader", "train")
 
@@ -60,7 +59,7 @@ def bench(trainer: Trainer, *, warmups: int, steps: int) -> dict[str, Any]:
     resident = next(trainer.train_loader.epoch(0))
     rows = []
     for mode in MODES:
-        batches: Iterator[Batch] = itertools.repeat(resident)
+        batches: Iterator[Any] = itertools.repeat(resident)
         if mode != "compute":
             epochs = (trainer.train_loader.epoch(epoch) for epoch in itertools.count())
             batches = itertools.chain.from_iterable(epochs)

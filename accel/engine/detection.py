@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from accel.detection.losses import multibox_loss
 from accel.detection.matching import Matches, match
+from accel.engine.config import Recipe
 from accel.engine.detection_config import DetectionConfig
+from accel.engine.distributed import World
 from accel.engine.optim import Optimizer
-from accel.engine.profiling import RECORDERS
 from accel.engine.seeding import seed_everything
 from accel.engine.step import TrainStep
-from accel.engine.timing import Ranges
-from accel.engine.trainer import Trainer
+from accel.engine.task import Setting, Task
 from accel.engine.tube_evaluation import (
     DetectionScores,
     FrameDetector,
@@ -32,7 +32,7 @@ from accel.models.weights import import_weights, read_state_dict
 from pipelines.microtube_loader import MicrotubeBatch, MicrotubeLoader
 from pipelines.microtubes import TRAIN_GAPS, list_microtubes
 from pipelines.moving_objects import generate_moving_objects
-from pipelines.tube_data import open_tube_set
+from pipelines.tube_data import TubeSet, open_tube_set
 
 logger = logging.getLogger(__name__)
 
@@ -83,23 +83,27 @@ class DetectionStep(TrainStep):
             return localization + classification
 
 
-class DetectionTrainer(Trainer):
-    """One run of a recipe whose `detection.network` is not "none"; see `Trainer`."""
+class Detection(Task):
+    """See `Task`."""
 
     rating_name = "video_map_50"
     scores_type = DetectionScores
+    model: Detector
+    step: DetectionStep
 
-    def _open_dataset(self) -> Any:
-        config, data = self.recipe.detection, self.recipe.data
+    @staticmethod
+    def open_dataset(recipe: Recipe, world: World) -> TubeSet:
+        """See `Task.open_dataset`."""
+        config, data = recipe.detection, recipe.data
         root = Path(data.root)
         if not data.root:
             if config.dataset != "moving_objects":
                 raise ConfigError(f"data.root: {config.dataset} needs the folder of the set.")
-            if not self.world.is_main:
-                self.world.barrier()
+            if not world.is_main:
+                world.barrier()
             root = generate_moving_objects(data.resolved_cache_dir())
-            if self.world.is_main:
-                self.world.barrier()
+            if world.is_main:
+                world.barrier()
         streams = [name for name, _ in config.view.streams]
         return open_tube_set(
             root,
@@ -110,8 +114,11 @@ class DetectionTrainer(Trainer):
             deny_list=data.deny_list,
         )
 
-    def _build(self, stored: Mapping[str, Any] | None) -> None:
-        recipe, config = self.recipe, self.recipe.detection
+    def __init__(
+        self, setting: Setting, dataset: TubeSet, stored: Mapping[str, Any] | None
+    ) -> None:
+        recipe, config = setting.recipe, setting.recipe.detection
+        self._setting, self._data = setting, dataset
         seed_everything(recipe.run.seed, "model")
         try:
             priors = priors_for(config.size, config.levels, config.prior_scale)
@@ -119,7 +126,7 @@ class DetectionTrainer(Trainer):
             raise ConfigError(f"detection.size: {error}") from error
         assert config.network != "none"
         model = build_detector(
-            config.network, num_classes=self.dataset.num_classes + 1, **config.network_options
+            config.network, num_classes=dataset.num_classes + 1, **config.network_options
         )
         if stored is None:
             if recipe.published.init != "none" and not config.start_base:
@@ -129,43 +136,42 @@ class DetectionTrainer(Trainer):
                     recipe.published.init,
                 )
             start_network(model, config)
-        model = model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.detector: Detector = model
+        model = model.to(setting.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model = model
         self.optimizer = Optimizer(model, recipe.optim)
-        self.ranges = Ranges(RECORDERS[recipe.log.profile])
-        self.profiler = self._open_profiler()
-        self.train_loader = self.val_loader = self._open_microtubes()  # type: ignore[assignment]
+        self.train_loader = self.val_loader = self._open_microtubes()
+        self.video_loaders = {}
         self.step = DetectionStep(
-            self._wrapped_model(),
+            setting.wrapped(model),
             self.optimizer,
-            self.precision,
-            accumulation=self.accumulation,
+            setting.precision,
+            accumulation=setting.accumulation,
             clip_norm=recipe.optim.clip_norm,
             seed=recipe.run.seed,
-            world=self.world,
-            ranges=self.ranges,
+            world=setting.world,
+            ranges=setting.ranges,
             skips=recipe.train.skip_nonfinite > 0,
-            priors=priors.to(self.device),
+            priors=priors.to(setting.device),
             pixel_scale=config.pixel_scale,
         )
 
     def rehearse(self, batch: MicrotubeBatch) -> dict[str, list[int]]:
-        """See `Trainer.rehearse`."""
-        inputs = [x / self.recipe.detection.pixel_scale for x in batch.streams]
-        with self.precision.autocast():
+        """See `Task.rehearse`."""
+        setting = self._setting
+        inputs = [x / setting.recipe.detection.pixel_scale for x in batch.streams]
+        with setting.precision.autocast():
             conf, loc = self.model(*inputs)
-        priors = self.step.priors  # type: ignore[attr-defined]
+        priors = self.step.priors
         near, classes = multibox_loss(conf, loc, *match(batch.boxes, batch.labels, priors))
         torch.autograd.backward(near + classes)
-        if self.device.type == "cuda":
+        if setting.device.type == "cuda":
             torch.cuda.synchronize()
         streams = {f"stream {k}": list(x.shape) for k, x in enumerate(batch.streams)}
         return {**streams, "conf": list(conf.shape), "loc": list(loc.shape)}
 
     def _open_microtubes(self) -> MicrotubeLoader:
-        recipe, config = self.recipe, self.recipe.detection
-        data: Any = self.dataset
+        setting, data = self._setting, self._data
+        recipe, config = setting.recipe, setting.recipe.detection
         try:
             items, _ = list_microtubes(
                 data.videos,
@@ -174,34 +180,32 @@ class DetectionTrainer(Trainer):
                 num_frames=config.num_frames,
                 gaps=TRAIN_GAPS if config.gap == 20 else (config.gap,),
             )
-            loader = MicrotubeLoader(
+            return MicrotubeLoader(
                 data,
                 items,
                 config.view,
                 seed=recipe.run.seed,
                 micro_batch=recipe.train.micro_batch,
                 global_batch=recipe.train.global_batch,
-                rank=self.world.rank,
-                world_size=self.world.size,
-                device=self.device,
+                rank=setting.world.rank,
+                world_size=setting.world.size,
+                device=setting.device,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        self._loaders.append(loader)  # type: ignore[arg-type]
-        return loader
 
-    def _measure(self) -> Any:
+    def measure(self, poll: Callable[[], None]) -> DetectionScores:
+        """See `Task.measure`."""
         # Every process evaluates all videos, and with the same statistics of norms: all decide the
         # same. The boxes of a video are linked in one place.
-        self.world.broadcast_(list(self.detector.buffers()))
-        poll = self._stop_if_asked if self.world.size == 1 else lambda: None
-        data: Any = self.dataset
-        self.detector.eval()
+        setting = self._setting
+        setting.world.broadcast_(list(self.model.buffers()))
+        self.model.eval()
         try:
-            detector = FrameDetector(self.detector, self.recipe.detection, self.device)
-            return evaluate_tubes([detector], data, poll=poll)
+            detector = FrameDetector(self.model, setting.recipe.detection, setting.device)
+            return evaluate_tubes([detector], self._data, poll=poll)
         finally:
-            self.detector.train()
+            self.model.train()
 
 
 def start_network(model: Detector, config: DetectionConfig) -> None:

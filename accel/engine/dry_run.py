@@ -21,9 +21,9 @@ def dry_run(trainer: Trainer) -> dict[str, Any]:
     batches = trainer.train_loader.epoch(0)
     batch = next(batches)
 
-    shapes = trainer.rehearse(batch)  # allocations and autotuning happen here
+    shapes = trainer.task.rehearse(batch)  # allocations and autotuning happen here
     start = time.perf_counter()
-    trainer.rehearse(batch)
+    trainer.task.rehearse(batch)
     step_s = (time.perf_counter() - start) * trainer.accumulation
     start = time.perf_counter()
     next(batches, None)

@@ -1,17 +1,24 @@
-"""What a checkpoint of a run must agree with before the run continues from it."""
+"""The state of a run: what a checkpoint holds, and what must agree before a run continues."""
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+import accel
 from accel.engine import config as configs
 from accel.engine.checkpoint import CheckpointStore
 from accel.engine.config import Recipe
+from accel.engine.distributed import World
+from accel.engine.metrics import Scores
 from accel.engine.run import RunFolder
+from accel.engine.task import Task
 from accel.errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -24,6 +31,76 @@ class Counters:
     """`iteration` at the last completed evaluation, -1 if none."""
     wall_s: float = 0.0
     """Seconds spent so far, over all processes that worked on the run one after another."""
+
+
+class RunState:
+    """Everything of a run that a checkpoint holds.
+
+    Args:
+        task: its weights, momentum and loss scale.
+        recipe, dataset, world: what they depend on.
+    """
+
+    def __init__(self, task: Task, recipe: Recipe, dataset: Any, world: World) -> None:
+        self._task = task
+        self._circumstances = {
+            "recipe_name": recipe.name,
+            "recipe": configs.to_dict(recipe),
+            "data": dataset.fingerprints,
+            "class_names": list(dataset.class_names),
+            "decoders": task.decoders,
+            "world_size": world.size,
+        }
+        self.counters = Counters()
+        self.scores: Scores | None = None
+        """Of the last evaluation."""
+        self.best_top1 = -1.0
+        """The best rating so far, by the task's `rating_name`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Tensors and plain data."""
+        task = self._task
+        return {
+            "format": "accel-run-1",
+            "accel_version": accel.__version__,
+            "model": task.model.state_dict(),
+            "momentum": task.optimizer.state_dict(),
+            "scaler": task.step.precision.scaler.state_dict(),
+            "counters": asdict(self.counters),
+            "scores": asdict(self.scores) if self.scores is not None else None,
+            **self._circumstances,
+            "execution": task.step.execution,
+            "best_top1": self.best_top1,
+        }
+
+    def restore(self, path: Path, stored: Mapping[str, Any], allow: Sequence[str]) -> None:
+        """Continue from a verified checkpoint.
+
+        Args:
+            path: of the checkpoint, for messages.
+            stored: what it holds.
+            allow: keys that may differ.
+
+        Raises:
+            ConfigError: recipe, data or number of processes differ in a way that changes results.
+            CheckpointError: the contents do not fit the network.
+        """
+        task, scaler = self._task, self._task.step.precision.scaler
+        try:
+            current = self.to_dict()
+            check_unchanged(path, stored, current, allow)
+            check_tensors(path, stored, current)
+            task.model.load_state_dict(stored["model"])
+            task.optimizer.load_state_dict(stored["momentum"])
+            if scaler.is_enabled():
+                scaler.load_state_dict(stored["scaler"])
+            self.counters = Counters(**stored["counters"])
+            scores = stored["scores"]
+            self.scores = task.scores_type(**scores) if scores is not None else None
+            self.best_top1 = stored["best_top1"]
+        except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(path, f"does not fit this run: {error!r}.") from error
+        logger.info("resuming %s at step %d", path, self.counters.iteration)
 
 
 def decoders_of(state: Mapping[str, Any] | None) -> tuple[str, str]:
@@ -95,6 +172,40 @@ def _check_fresh_start(folder: RunFolder, recipe: Recipe) -> None:
                 f"--out {folder.path}: its recipe.yaml belongs to another run; choose another "
                 "folder."
             )
+
+
+def check_agreement(
+    world: World, recipe: Recipe, dataset: Any, *, checkpoint: str, code: Mapping[str, Any]
+) -> None:
+    """Refuse ranks that were started with other settings, files or code than rank 0.
+
+    Args:
+        world: this process among all.
+        recipe, dataset: of this process.
+        checkpoint: name of the file that it would continue from; "none".
+        code: of `accel.engine.run.environment`.
+
+    Raises:
+        ConfigError: on all ranks, naming those that differ, and in what.
+    """
+    changing = {
+        f"{section}.{key}": value
+        for section, values in configs.to_dict(recipe).items()
+        for key, value in values.items()
+        if not configs.is_harmless(f"{section}.{key}")
+    }
+    videos = {f"the {split} list": digest for split, digest in dataset.fingerprints.items()}
+    facts = {
+        **changing,
+        **videos,
+        "the checkpoint to continue": checkpoint,
+        "code": code["revision"] or accel.__version__,
+        "torch": code["versions"]["torch"],
+    }
+    if differences := world.differences(facts):
+        raise ConfigError(
+            f"{differences}; start every process with the same command, files and code."
+        )
 
 
 def check_unchanged(

@@ -1,24 +1,20 @@
-"""The training run: composes loader, model, step, evaluation, checkpoints and journal."""
+"""The training run: the loop over a task, its evaluations, checkpoints and journal."""
 
 import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-import accel
 from accel.engine import config as configs
 from accel.engine.checkpoint import CheckpointStore
 from accel.engine.config import Recipe
-from accel.engine.data import open_loader, open_shared_dataset
 from accel.engine.distributed import World
-from accel.engine.evaluate import evaluate
 from accel.engine.execution import Launcher
 from accel.engine.fit_memory import (
     StepMemory,
@@ -30,8 +26,6 @@ from accel.engine.fit_memory import (
 from accel.engine.gpu_sampling import GpuSampler
 from accel.engine.journal import Journal, Progress, read_journal, rewind_journal
 from accel.engine.memory import keep_freed_memory
-from accel.engine.metrics import Scores
-from accel.engine.optim import Optimizer
 from accel.engine.precision import Precision
 from accel.engine.profiling import RECORDERS, StepProfiler
 from accel.engine.recorder import StepRecorder, rates
@@ -39,25 +33,13 @@ from accel.engine.rehearsal import Rehearsal, random_batch
 from accel.engine.report import draw_curves
 from accel.engine.run import RunFolder, environment, resolve_device
 from accel.engine.schedule import lr_factor
-from accel.engine.seeding import seed_everything, set_deterministic
-from accel.engine.state import (
-    Counters,
-    check_tensors,
-    check_unchanged,
-    decoders_of,
-    find_checkpoint,
-)
-from accel.engine.step import TrainStep, training_loss
+from accel.engine.seeding import set_deterministic
+from accel.engine.state import Counters, RunState, check_agreement, find_checkpoint
 from accel.engine.stop import StopRequested, StopSignals
+from accel.engine.task import Setting, task_of
 from accel.engine.timing import Ranges
 from accel.errors import CheckpointError, ConfigError, DivergedError
-from accel.models import build_model
-from accel.models.norm import synchronize
-from accel.models.recompute import recompute_activations
-from pipelines.datasets import Dataset
 from pipelines.errors import DataError
-from pipelines.loader import Batch, Loader
-from pipelines.order import Split
 from pipelines.quarantine import Quarantine
 
 logger = logging.getLogger(__name__)
@@ -79,12 +61,6 @@ class Trainer:
         ConfigError, CheckpointError, pipelines.errors.DataError: before anything is overwritten.
     """
 
-    rating_name = "top1"
-    """What the best checkpoint is chosen by (`best_top1` holds it), as the scores call it."""
-
-    scores_type: Callable[..., Any] = Scores
-    """Makes the scores of an evaluation again from a checkpoint's."""
-
     def __init__(
         self,
         recipe: Recipe,
@@ -105,7 +81,8 @@ class Trainer:
             torch.set_num_threads(recipe.run.threads)
         if self.device.type == "cpu":
             keep_freed_memory()
-        self._lift_limit = limit_memory(recipe, self.device)
+        self._on_close = contextlib.ExitStack()
+        self._on_close.callback(limit_memory(recipe, self.device))
         set_deterministic(recipe.run.deterministic)
         self.precision = Precision(
             recipe.precision,
@@ -116,32 +93,61 @@ class Trainer:
         )
         if not recipe.run.fit_memory:
             self._accumulation()  # refuse before anything is opened
-        self._loaders: list[Loader] = []
-        self._video_loaders: dict[Split, Loader] = {}
+        self._on_close.callback(self.folder.release)
         if self.world.is_main:
             self.folder.acquire()
         try:
             self.store = CheckpointStore(self.folder.checkpoints, recipe.checkpoint.keep_last)
             found = find_checkpoint(resume, self.folder, self.store, recipe)
-            self.dataset = self._open_dataset()
-            self._check_agreement(found[0].name if found is not None else "none")
-            if recipe.run.fit_memory and fitted is None:
-                self.recipe = self._fitted(found)
-            self.accumulation = self._accumulation()
-            self._launcher = Launcher(self.recipe, self.device, self.world, self.accumulation)
-            stored = found[1] if found is not None else None
-            self._build(stored)
-            self.counters = Counters()
-            self.scores: Scores | None = None
-            self.best_top1 = -1.0
+            self._build(found, fitted=fitted is not None)
             if found is not None:
-                self._restore(*found, resume_allow)
+                self.state.restore(*found, resume_allow)
             if not self.finished():
-                execution = stored.get("execution") if stored is not None else None
+                execution = found[1].get("execution") if found is not None else None
                 self._launcher.settle(self.step, self._rehearse, execution)
         except BaseException:
             self.close()
             raise
+
+    def _build(self, found: tuple[Path, dict[str, Any]] | None, *, fitted: bool) -> None:
+        """Data, network, optimizer, loaders and step; `fitted`: the micro-batch is known to fit."""
+        path, stored = found if found is not None else (None, None)
+        task_type = task_of(self.recipe)
+        self.dataset = task_type.open_dataset(self.recipe, self.world)
+        if self.world.size > 1:
+            check_agreement(
+                self.world,
+                self.recipe,
+                self.dataset,
+                checkpoint=path.name if path is not None else "none",
+                code=environment(self.device),
+            )
+        if self.recipe.run.fit_memory and not fitted:
+            self.recipe = self._fitted(stored)
+        recipe, self.accumulation = self.recipe, self._accumulation()
+        self._launcher = Launcher(recipe, self.device, self.world, self.accumulation)
+        self.ranges = Ranges(RECORDERS[recipe.log.profile])
+        self.profiler = self._open_profiler()
+        setting = Setting(
+            recipe=recipe,
+            world=self.world,
+            device=self.device,
+            precision=self.precision,
+            ranges=self.ranges,
+            accumulation=self.accumulation,
+            graphs=self._launcher.graphs,
+            quarantine=self.folder.quarantine,
+        )
+        self.task = task = task_type(setting, self.dataset, stored)
+        self._on_close.callback(task.close)
+        self.model, self.optimizer, self.step = task.model, task.optimizer, task.step
+        self.train_loader, self.val_loader = task.train_loader, task.val_loader
+        self.state = RunState(task, recipe, self.dataset, self.world)
+
+    @property
+    def counters(self) -> Counters:
+        """Where the run stands."""
+        return self.state.counters
 
     @property
     def total_steps(self) -> int:
@@ -152,10 +158,7 @@ class Trainer:
 
     def close(self) -> None:
         """Stop the loaders, give the folder back and lift the limit of memory."""
-        for loader in self._loaders:
-            loader.close()
-        self._lift_limit()
-        self.folder.release()
+        self._on_close.close()
 
     def fit(self) -> dict[str, Any]:
         """Train to the end of the schedule and evaluate.
@@ -172,7 +175,7 @@ class Trainer:
             logger.info("%s is finished: nothing to do.", self.folder.path)
             return dict(json.loads(self.folder.summary.read_text(encoding="utf-8")))
         if self.world.is_main:
-            for split, loader in {"train": self.train_loader, **self._video_loaders}.items():
+            for split, loader in {"train": self.train_loader, **self.task.video_loaders}.items():
                 logger.info("%s: %s", split, loader.description)
         self.profiler.check_window(self.total_steps - self.counters.iteration)
         journal = self._open_folder() if self.world.is_main else None
@@ -222,20 +225,6 @@ class Trainer:
             return f"Last checkpoint: {last}; diverged.json has the step's videos and gradients."
         return f"Last checkpoint: {last}."
 
-    def rehearse(self, batch: Any) -> dict[str, list[int]]:
-        """One forward and backward of a micro-batch, finished on the device; shapes by name.
-
-        The network is left with gradients and must not be trained after.
-        """
-        frames = self.precision.network_input(batch.clips, batch.colors)
-        with self.precision.autocast():
-            output = self.model(frames)
-            torch.autograd.backward(training_loss(output, batch.labels))
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        logits = getattr(output, "logits", output)
-        return {"clips": list(batch.clips.shape), "logits": list(logits.shape)}
-
     def finished(self) -> bool:
         """Whether the folder holds the complete run already."""
         done = self.counters.iteration
@@ -247,7 +236,7 @@ class Trainer:
 
     def _loop(self, journal: Journal | None, progress: Progress) -> None:
         counters = self.counters
-        batches: Iterator[Batch] | None = None
+        batches: Iterator[Any] | None = None
         while True:
             evaluating = self._evaluation_due() and counters.evaluated != counters.iteration
             best = False
@@ -265,7 +254,7 @@ class Trainer:
                 batches = self.train_loader.epoch(epoch, start=step * self.accumulation)
             self._train_step(batches, epoch, journal)
 
-    def _train_step(self, batches: Iterator[Batch], epoch: int, journal: Journal | None) -> None:
+    def _train_step(self, batches: Iterator[Any], epoch: int, journal: Journal | None) -> None:
         iteration = self.counters.iteration
         start, waited = time.perf_counter(), self.step.data_wait.total_s
         factor = lr_factor(self.recipe.schedule, iteration, self.train_loader.steps_per_epoch)
@@ -293,7 +282,7 @@ class Trainer:
 
     @property
     def _quarantines(self) -> list[Quarantine]:
-        return [loader.quarantine for loader in self._video_loaders.values()]
+        return [loader.quarantine for loader in self.task.video_loaders.values()]
 
     def _note_unusable(self, journal: Journal | None) -> None:
         """Write down the videos that have been found to be unusable since the last call."""
@@ -318,7 +307,9 @@ class Trainer:
 
     def _evaluate(self, journal: Journal | None) -> bool:
         """Evaluate and record; whether it is this run's best so far."""
-        self.scores = self._measure()
+        # With several ranks a stop waits for the end of the evaluation.
+        poll = self._stop_if_asked if self.world.size == 1 else lambda: None
+        self.state.scores = scores = self.task.measure(poll)
         done = self.counters.iteration
         self.counters.evaluated = done
         self.counters.wall_s = time.monotonic() - self._started
@@ -326,29 +317,16 @@ class Trainer:
             journal.evaluation(
                 iteration=done,
                 epoch=(done - 1) // self.train_loader.steps_per_epoch,
-                **{f"val_{name}": value for name, value in asdict(self.scores).items()},
+                **{f"val_{name}": value for name, value in asdict(scores).items()},
                 wall_s=round(self.counters.wall_s, 3),
             )
-            logger.info("step %d: %s", done, self.scores.text)
+            logger.info("step %d: %s", done, scores.text)
         for quarantine in self._quarantines:
             quarantine.refresh()  # what the other ranks have found
         self._note_unusable(journal)
-        best = self.scores.rating > self.best_top1
-        self.best_top1 = max(self.best_top1, self.scores.rating)
+        best: bool = scores.rating > self.state.best_top1
+        self.state.best_top1 = max(self.state.best_top1, scores.rating)
         return best
-
-    def _measure(self) -> Scores:
-        return evaluate(
-            self.model,
-            self.val_loader,
-            num_classes=self.dataset.num_classes,
-            precision=self.precision,
-            world=self.world,
-            ranges=self.ranges,
-            # With several ranks a stop waits for the end of the evaluation: ranks may hold
-            # different numbers of batches, so they could not agree inside it.
-            poll=self._stop_if_asked if self.world.size == 1 else lambda: None,
-        )
 
     def _stop_if_asked(self) -> None:
         """Save and raise when any rank has received a stop signal.
@@ -369,10 +347,11 @@ class Trainer:
         self._recorder.flush()
         problem: str | None = None
         if self.world.is_main:
-            rated = self.scores is not None and self.counters.evaluated == self.counters.iteration
-            top1 = self.scores.rating if self.scores is not None and rated else None
+            scores, counters = self.state.scores, self.counters
+            rated = scores is not None and counters.evaluated == counters.iteration
+            top1 = scores.rating if scores is not None and rated else None
             try:
-                self.store.save(self._state(), self.counters.iteration, top1)
+                self.store.save(self.state.to_dict(), counters.iteration, top1)
                 self._failed_saves = 0
             except CheckpointError as error:
                 self._failed_saves += 1
@@ -385,11 +364,12 @@ class Trainer:
             raise CheckpointError(self.folder.checkpoints, problem)
 
     def _finish(self) -> dict[str, Any]:
-        assert self.scores is not None  # the loop ends with an evaluation
+        scores = self.state.scores
+        assert scores is not None  # the loop ends with an evaluation
         entries, best = self.store.entries(), self.store.best()
         summary = {
             "recipe": self.recipe.name,
-            **{f"val_{name}": value for name, value in asdict(self.scores).items()},
+            **{f"val_{name}": value for name, value in asdict(scores).items()},
             "num_classes": self.dataset.num_classes,
             **rates([row for row in read_journal(self.folder.journal) if "event" not in row]),
             "wall_s": round(self.counters.wall_s, 3),
@@ -397,10 +377,10 @@ class Trainer:
             "epochs": self.counters.iteration / self.train_loader.steps_per_epoch,
             "checkpoint": str(self.store.folder / entries[-1].name) if entries else None,
             "best_checkpoint": str(best) if best else None,
-            f"best_val_{self.rating_name}": self.best_top1,
+            f"best_val_{self.task.rating_name}": self.state.best_top1,
             "loader": self.train_loader.description,
             "decoded_whole": {
-                split: loader.decoded_whole for split, loader in self._video_loaders.items()
+                split: loader.decoded_whole for split, loader in self.task.video_loaders.items()
             },
             "unusable": [video for each in self._quarantines for video in each.summary()],
             "execution": self.step.execution,
@@ -433,55 +413,10 @@ class Trainer:
             )
         return train.global_batch // (train.micro_batch * self.world.size)
 
-    def _build(self, stored: Mapping[str, Any] | None) -> None:
-        """Network, optimizer and loaders.
-
-        Args:
-            stored: the checkpoint that the run continues from: its decoders read the videos where
-                they can, and `model.pretrained` is not needed again.
-        """
-        recipe = self.recipe
-        pretrained = stored is None
-        if pretrained and recipe.published.init != "none" and not recipe.model.pretrained:
-            logger.warning(
-                "the published run starts from %s weights, this one from random ones; pass "
-                "--model.pretrained FILE.",
-                recipe.published.init,
-            )
-        seed_everything(recipe.run.seed, "model")
-        settings = recipe.model if pretrained else replace(recipe.model, pretrained="")
-        self.model = build_model(
-            **asdict(settings),
-            num_classes=self.dataset.num_classes,
-            num_segments=recipe.sampling.num_segments,
-        ).to(self.device)
-        recompute_activations(self.model, recipe.train.checkpoint_activations)
-        if recipe.train.sync_bn and self.world.size > 1:
-            synchronize(self.model, lambda values: self.world.sum_([values]))
-        self.optimizer = Optimizer(self.model, recipe.optim)
-        self.ranges = Ranges(RECORDERS[recipe.log.profile])
-        self.ranges.mark(self.model.named_parts())
-        self.profiler = self._open_profiler()
-        train_decoder, val_decoder = decoders_of(stored)
-        self.train_loader = self._open_loader("train", recipe.train.micro_batch, train_decoder)
-        val_batch = recipe.test.batch or recipe.train.micro_batch
-        self.val_loader = self._open_loader("val", val_batch, val_decoder)
-        self.step = TrainStep(
-            self._wrapped_model(),
-            self.optimizer,
-            self.precision,
-            accumulation=self.accumulation,
-            clip_norm=recipe.optim.clip_norm,
-            seed=recipe.run.seed,
-            world=self.world,
-            ranges=self.ranges,
-            skips=recipe.train.skip_nonfinite > 0,
-        )
-
-    def _fitted(self, found: tuple[Path, dict[str, Any]] | None) -> Recipe:
+    def _fitted(self, stored: Mapping[str, Any] | None) -> Recipe:
         """The recipe with a micro-batch that fits; a run from a checkpoint keeps its own."""
-        if found is not None:
-            return with_micro_batch(self.recipe, found[1]["recipe"]["train"]["micro_batch"])
+        if stored is not None:
+            return with_micro_batch(self.recipe, stored["recipe"]["train"]["micro_batch"])
         memory = StepMemory(self.recipe, self.dataset.num_classes, self.device, self.world.size)
         return fit_micro_batch(self.recipe, self.world, memory.limit, memory)
 
@@ -498,63 +433,6 @@ class Trainer:
             self._profile_facts,
         )
 
-    def _wrapped_model(self) -> nn.Module:
-        # DDP remembers the stream it was made on, and exchanges gradients there.
-        graphs = self._launcher.graphs
-        with graphs.side_stream() if graphs else contextlib.nullcontext():
-            return self.world.wrap(
-                self.model,
-                self.device,
-                accumulation=self.accumulation,
-                compression=self.recipe.run.compress_gradients,
-                ranges=self.ranges,
-            )
-
-    def _check_agreement(self, checkpoint: str) -> None:
-        """Refuse ranks that were started with other settings, files or code than rank 0."""
-        if self.world.size == 1:
-            return
-        code = environment(self.device)
-        changing = {
-            f"{section}.{key}": value
-            for section, values in configs.to_dict(self.recipe).items()
-            for key, value in values.items()
-            if not configs.is_harmless(f"{section}.{key}")
-        }
-        videos = {
-            f"the {split} list": digest for split, digest in self.dataset.fingerprints.items()
-        }
-        facts = {
-            **changing,
-            **videos,
-            "the checkpoint to continue": checkpoint,
-            "code": code["revision"] or accel.__version__,
-            "torch": code["versions"]["torch"],
-        }
-        if differences := self.world.differences(facts):
-            raise ConfigError(
-                f"{differences}; start every process with the same command, files and code."
-            )
-
-    def _open_dataset(self) -> Dataset:
-        return open_shared_dataset(self.recipe, self.world)
-
-    def _open_loader(self, split: Split, micro_batch: int, trained_with: str) -> Loader:
-        loader = open_loader(
-            self.recipe,
-            self.dataset,
-            split,
-            micro_batch=micro_batch,
-            world=self.world,
-            device=self.device,
-            ranges=self.ranges,
-            quarantine=self.folder.quarantine,
-            trained_with=trained_with,
-        )
-        self._loaders.append(loader)
-        self._video_loaders[split] = loader
-        return loader
-
     def _open_folder(self) -> Journal:
         self.store.prepare()
         self.store.forget_after(self.counters.iteration)
@@ -570,50 +448,3 @@ class Trainer:
             self.folder.path / "tensorboard" if self.recipe.log.tensorboard else None,
             purge_step=self.counters.iteration,
         )
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "format": "accel-run-1",
-            "accel_version": accel.__version__,
-            "model": self.model.state_dict(),
-            "momentum": self.optimizer.state_dict(),
-            "scaler": self.precision.scaler.state_dict(),
-            "counters": asdict(self.counters),
-            "scores": asdict(self.scores) if self.scores is not None else None,
-            "recipe_name": self.recipe.name,
-            "recipe": configs.to_dict(self.recipe),
-            "data": self.dataset.fingerprints,
-            "class_names": list(self.dataset.class_names),
-            "decoders": self._decoders(),
-            "world_size": self.world.size,
-            "execution": self.step.execution,
-            "best_top1": self.best_top1,
-        }
-
-    def _decoders(self) -> list[str]:
-        """Who decodes and scales each split: other ones differ by a few grey levels."""
-        return [self.train_loader.backend, self.val_loader.backend]
-
-    def _restore(self, path: Path, state: dict[str, Any], allow: Sequence[str]) -> None:
-        """Continue from a verified checkpoint.
-
-        Raises:
-            ConfigError: recipe, data or number of processes differ in a way that changes results.
-            CheckpointError: the contents do not fit the network.
-        """
-        try:
-            current = self._state()
-            check_unchanged(path, state, current, allow)
-            check_tensors(path, state, current)
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["momentum"])
-            if self.precision.scaler.is_enabled():
-                self.precision.scaler.load_state_dict(state["scaler"])
-            self.counters = Counters(**state["counters"])
-            self.scores = (
-                self.scores_type(**state["scores"]) if state["scores"] is not None else None
-            )
-            self.best_top1 = state["best_top1"]
-        except (RuntimeError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(path, f"does not fit this run: {error!r}.") from error
-        logger.info("resuming %s at step %d", path, self.counters.iteration)

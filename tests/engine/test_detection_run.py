@@ -12,8 +12,8 @@ from accel.cli.main import main as accel
 from accel.engine.checkpoint import load_verified
 from accel.engine.config import load_recipe
 from accel.engine.detect_video import OnlineDetector, load_detector
-from accel.engine.detection import DetectionTrainer
 from accel.engine.detection_config import DetectionConfig
+from accel.engine.trainer import Trainer
 from accel.engine.tube_evaluation import FrameDetector, video_detections
 from accel.errors import CheckpointError, ConfigError
 from pipelines.errors import DataError, MediaError
@@ -42,7 +42,7 @@ def _recipe(root, **overrides):
 
 
 def _fit(recipe, out):
-    trainer = DetectionTrainer(recipe, out)
+    trainer = Trainer(recipe, out)
     try:
         return trainer.fit()
     finally:
@@ -160,7 +160,7 @@ def test_a_denied_video_is_left_out_of_the_training(root, tmp_path, capsys) -> N
     shutil.copytree(root, copy)
     shutil.rmtree(copy / "rgb-images" / "rise" / "train_0001")
     with pytest.raises(MediaError, match="rise/train_0001: no such folder"):
-        DetectionTrainer(_recipe(copy), tmp_path / "a")
+        Trainer(_recipe(copy), tmp_path / "a")
     (copy / "deny.txt").write_text("rise/train_0001\tno images\n")
     recipe = _recipe(copy, **{"data.deny_list": "deny.txt", "train.max_steps": "1"})
     assert _fit(recipe, tmp_path / "b")["iterations"] == 1
@@ -177,16 +177,14 @@ def test_settings_that_cannot_be_are_refused(root, tmp_path) -> None:
         with pytest.raises(ConfigError, match=key):
             _recipe(root, **{key: value})
     with pytest.raises(ConfigError, match="too small for 6 maps"):
-        DetectionTrainer(_recipe(root, **{"detection.levels": "6"}), tmp_path / "a")
+        Trainer(_recipe(root, **{"detection.levels": "6"}), tmp_path / "a")
     with pytest.raises(ConfigError, match="micro-tubes per step"):
         recipe = _recipe(root, **{"train.global_batch": "4000", "train.micro_batch": "4000"})
-        DetectionTrainer(recipe, tmp_path / "b")
+        Trainer(recipe, tmp_path / "b")
     with pytest.raises(ConfigError, match="ucf24 needs the folder"):
-        DetectionTrainer(
-            _recipe("", **{"detection.dataset": "ucf24", "data.root": ""}), tmp_path / "c"
-        )
+        Trainer(_recipe("", **{"detection.dataset": "ucf24", "data.root": ""}), tmp_path / "c")
     torch.save({"vgg.0.weight": torch.zeros(4, 3, 3, 3)}, tmp_path / "part.pth")
     start = {"detection.start_base": str(tmp_path / "part.pth")}
     with pytest.raises(CheckpointError, match=r"lacks \d+ tensors of the trunk"):
-        DetectionTrainer(_recipe(root, **start), tmp_path / "d")
+        Trainer(_recipe(root, **start), tmp_path / "d")
     assert DetectionConfig().network == "none"
