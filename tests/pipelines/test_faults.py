@@ -98,6 +98,35 @@ def test_a_sample_that_only_the_decoder_refuses_is_found(
     loader.close()
 
 
+@pytest.mark.parametrize(
+    ("replace", "part"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "the file was changed"),
+        (lambda path: path.write_bytes(bytes(path.stat().st_size)), "Invalid data"),
+        (lambda path: (path.unlink(), path.mkdir()), "the file was changed"),
+        (lambda path: (path.unlink(), path.symlink_to(path)), "symbolic links"),
+    ],
+)
+def test_a_file_that_is_replaced_during_the_run(
+    dozen: Dataset,
+    open_loader: OpenLoader,
+    facts: Facts,
+    decoder: str,
+    replace: Callable[[Path], object],
+    part: str,
+) -> None:
+    """D5: by one of another size, by other content of the same size, by what is no file."""
+    loader = open_loader(dozen, decoder=decoder)
+    healthy = facts(list(loader.epoch(0)))
+    victim = loader.samples(0, 3)[0]
+    replace(victim.path)
+    got = facts(list(loader.epoch(0)))
+    assert got[:3] + got[4:] == healthy[:3] + healthy[4:]
+    assert victim.sample_id not in got[3][0] and len(got[3][0]) == 2
+    (entry,) = loader.quarantine.entries
+    assert entry.sample_id == victim.sample_id and part in entry.reason
+
+
 def test_an_error_that_does_not_come_again_changes_nothing(
     dozen: Dataset, open_loader: OpenLoader, facts: Facts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
