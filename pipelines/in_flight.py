@@ -9,15 +9,17 @@ import contextlib
 import fcntl
 import json
 import logging
-import multiprocessing
 import os
+import pickle
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -183,13 +185,22 @@ def messages(
         arguments: that can be pickled.
         timeout_s: longest wait between two messages; None = as long as it takes.
     """
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may deadlock
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(function, arguments, sender), daemon=True)
-    process.start()
+    receiver, sender = Pipe(duplex=False)
+    # Not multiprocessing's own: that runs the main script again, and a process that is itself a
+    # worker may not have one.
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SERVE, str(sender.fileno())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        pass_fds=[sender.fileno()],
+    )
     sender.close()
     wait_s = None if timeout_s is None else max(timeout_s, _START_S)
     try:
+        assert process.stdin is not None
+        with process.stdin as stream:
+            pickle.dump(sys.path, stream)
+            pickle.dump((function, arguments), stream)
         while receiver.poll(wait_s):
             message = receiver.recv()
             if message is None:
@@ -198,8 +209,7 @@ def messages(
             wait_s = timeout_s
         yield End(f"hangs: not read within {timeout_s:g} s", guilty=True, hung=True)
     except (EOFError, OSError):  # nothing more, or half a message
-        process.join()
-        code = process.exitcode or 0
+        code = process.wait()
         if -code in _GUILTY:
             name = signal.Signals(-code).name
             yield End(f"kills the process that reads it ({name})", guilty=True)
@@ -208,13 +218,24 @@ def messages(
             yield End(f"the process that reads it ended with exit code {code}", guilty=False)
     finally:
         process.kill()
-        process.join()
+        process.wait()
         receiver.close()
 
 
-def _run(function: Callable[..., None], arguments: tuple[Any, ...], sender: Connection) -> None:
+_SERVE = """
+import pickle, sys
+sys.path[:] = pickle.load(sys.stdin.buffer)  # of its own parent
+from pipelines.in_flight import serve
+serve(int(sys.argv[1]))
+"""
+
+
+def serve(descriptor: int) -> None:
+    """The process at the other end of `messages`: what it reads comes from its own parent."""
+    function, arguments = pickle.load(sys.stdin.buffer)
     start_worker()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    sender = Connection(descriptor, readable=False)
     function(sender.send, *arguments)
     sender.send(None)
 
