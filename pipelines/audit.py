@@ -5,7 +5,6 @@ What this finds goes into a deny-list.
 """
 
 import functools
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from pipelines.annotations import Part, VideoRecord, VideoSet, refuse_unlistable
 from pipelines.decode import decode_packets
@@ -22,6 +20,7 @@ from pipelines.errors import AnnotationError, DataError, MediaError, why
 from pipelines.images import first_frame_name, read_encoded, read_images
 from pipelines.in_flight import End, find_harmful, messages
 from pipelines.media import MediaInfo, open_video
+from pipelines.progress import progress_bar
 from pipelines.shards import Shard, packed_name, probe_record, shard_opener
 
 _BLACK = 20  # luma below it (16 is black) all over the frame
@@ -59,7 +58,7 @@ def audit(
         threads: that open and decode.
         frame_name: names of the files in folders of frames; "" = as in the first folder.
         decode: decode every frame; False = only what an index looks at.
-        progress: show a bar, if stderr is a terminal.
+        progress: say how far it is.
 
     Raises:
         DataError: the process that reads the videos ended, and none of them did it.
@@ -68,11 +67,12 @@ def audit(
     unique = list({record.part: record for record in videos}.values())
     found = _found(dict(enumerate(unique)), threads, frame_name, decode)
     early: dict[int, list[Finding]] = {}
-    hidden = not progress or not sys.stderr.isatty()
-    for number in tqdm(range(len(unique)), desc="checking", unit="video", disable=hidden):
-        while number not in early:
-            early.update([next(found)])
-        yield from early.pop(number)
+    with progress_bar(len(unique), "checking", "video", show=progress) as bar:
+        for number in range(len(unique)):
+            while number not in early:
+                early.update([next(found)])
+            yield from early.pop(number)
+            bar.update()
 
 
 def _found(

@@ -4,7 +4,6 @@ import functools
 import hashlib
 import logging
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from pipelines.annotations import VideoRecord, VideoSet
 from pipelines.cache import locked
@@ -23,6 +21,7 @@ from pipelines.in_flight import InFlight, find_harmful, left_behind
 from pipelines.index_file import Content, MediaIndex, Results, Stamp, read_index, write_index
 from pipelines.media import MediaInfo
 from pipelines.packets import media_file
+from pipelines.progress import progress_bar
 from pipelines.shards import Shard, probe_record, shard_opener
 
 _LOG = logging.getLogger(__name__)
@@ -47,7 +46,7 @@ def index_videos(
         videos: files, or folders of frames.
         cache_dir: where indices are kept.
         threads: that open files.
-        progress: show a bar, if stderr is a terminal.
+        progress: say how far it is.
         frame_name: names of the files in folders of frames; "" = as in the first folder.
         tolerated: how many files may be unusable: then the index names them (`problems`). They are
             looked at again with every call, except files that kill their reader.
@@ -231,7 +230,6 @@ def _probe_all(
     """Fills `results`; path hash -> why a file cannot be used, in two attempts."""
     failures: dict[int, MediaError] = {}
     open_shard = shard_opener()
-    hidden = not progress or not sys.stderr.isatty()
     in_flight = InFlight(cache_path.parent, f"{cache_path.stem}.probing")
     probing: set[int] = set()
     lock = threading.Lock()
@@ -248,12 +246,13 @@ def _probe_all(
     try:
         with ThreadPoolExecutor(threads, thread_name_prefix="accel-index") as pool:
             outcomes = pool.map(probe, missing)
-            bar = tqdm(outcomes, total=len(missing), desc="indexing", unit="file", disable=hidden)
-            for key, outcome in zip(missing, bar, strict=True):
-                if isinstance(outcome, MediaError):
-                    failures[key] = outcome
-                else:
-                    results[key] = outcome
+            with progress_bar(len(missing), "indexing", "file", show=progress) as bar:
+                for key, outcome in zip(missing, outcomes, strict=True):
+                    if isinstance(outcome, MediaError):
+                        failures[key] = outcome
+                    else:
+                        results[key] = outcome
+                    bar.update()
             second = list(failures)  # network disks have moments
             for key, outcome in zip(second, pool.map(probe, second), strict=True):
                 if not isinstance(outcome, MediaError):

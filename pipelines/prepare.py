@@ -10,8 +10,6 @@ import errno
 import itertools
 import json
 import os
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,22 +18,17 @@ from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-import numpy as np
-from tqdm import tqdm
-
 from pipelines.annotations import Part, VideoRecord, VideoSet, format_list, refuse_unlistable
 from pipelines.audit import check_video
 from pipelines.cache import file_lock, put_in_place, replace_bytes
-from pipelines.decode import read_frames
 from pipelines.errors import DataError, MediaError
-from pipelines.geometry import View
 from pipelines.images import first_frame_name, read_images
 from pipelines.media import MediaInfo, open_video, probe
 from pipelines.packets import SHARD_SUFFIX, media_file
 from pipelines.packing import Named, map_ahead, pack_shard, stamp_of
-from pipelines.sampling import segment_indices_center
-from pipelines.shards import Record, make_record, probe_record, shard_opener
-from pipelines.source import Sample
+from pipelines.prepare_report import Report, rates, sizes
+from pipelines.progress import progress_bar
+from pipelines.shards import Record, make_record, probe_record
 
 _SETTINGS = "prepared.json"
 _LOCK = ".prepare.lock"
@@ -68,27 +61,6 @@ class Encoding:
 
     shard_videos: int = 0
     """Videos in one packed file (`pipelines.shards`); 0 = a file for each. "copy" needs > 0."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What came of it."""
-
-    written: int
-    kept: int
-    """Found complete from an earlier run."""
-
-    failed: dict[Part, str]
-    """Why there is no copy."""
-
-    bytes_before: int
-    """Of the originals that are still there."""
-
-    bytes_after: int
-    clips_per_s_before: float
-    """Of 8 segment frames, one thread, decoding only."""
-
-    clips_per_s_after: float
 
 
 def prepare(
@@ -145,8 +117,7 @@ def _prepare(
     frame_name = frame_name or first_frame_name(records)
     work = _Work(encoding, out, names, frame_name)
     groups = _groups(records, out, encoding)
-    hidden = not sys.stderr.isatty()
-    bar = tqdm(total=len(records), desc="preparing", unit="video", disable=hidden)
+    bar = progress_bar(len(records), "preparing", "video")
     results: dict[Part, bool | str] = {}
     with bar, ThreadPoolExecutor(threads, thread_name_prefix="accel-prepare") as pool:
         try:
@@ -178,16 +149,15 @@ def _prepare(
         ]
         replace_bytes(out / list_name, [format_list(kept).encode()])
     good = [record for record in records if record.part not in failed]
-    originals = [record for record in good if record.path.exists()]  # packed ones may be gone
-    copies = [VideoRecord(r.name, targets[r.part], r.label) for r in good]
+    pairs = [(r, VideoRecord(r.name, targets[r.part], r.label)) for r in good]
+    before, after = sizes(pairs)
     return Report(
-        written=sum(result is True for result in results.values()),
-        kept=sum(result is False for result in results.values()),
-        failed=failed,
-        bytes_before=sum(_size(record.path) for record in originals),
-        bytes_after=sum(_size(path) for path in {media_file(r.path) for r in copies}),
-        clips_per_s_before=_clips_per_s(originals[:8], frame_name),
-        clips_per_s_after=_clips_per_s(copies[:8], ""),
+        sum(result is True for result in results.values()),
+        sum(result is False for result in results.values()),
+        failed,
+        before,
+        after,
+        *rates(pairs, frame_name),
     )
 
 
@@ -213,8 +183,14 @@ class _Work:
         """
         target = self.copy_of(record)
         try:
-            stamp = stamp_of(record)
-            if target.exists() and _stamp_in(target) == stamp:
+            made_of = _stamp_in(target) if target.exists() else ""
+            try:
+                stamp = stamp_of(record)
+            except FileNotFoundError:
+                if made_of:  # the copy is all that is left
+                    return False
+                raise
+            if made_of == stamp:
                 return False
             _encode(record, target, self.encoding, self.frame_name, stamp)
             return True
@@ -416,21 +392,3 @@ def _damage(record: VideoRecord, frame_name: str) -> str | None:
         if finding.fatal and "black" not in finding.reason:  # a dark ending is the original's
             return f"{finding.reason}."
     return None
-
-
-def _size(path: Path) -> int:
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
-    return path.stat().st_size
-
-
-def _clips_per_s(records: Sequence[VideoRecord], frame_name: str) -> float:
-    open_shard = shard_opener()
-    infos = [probe_record(record, frame_name, open_shard) for record in records]
-    start = time.perf_counter()
-    for record, info in zip(records, infos, strict=True):
-        indices = np.unique(segment_indices_center(info.num_frames, 8))
-        size = (info.width, info.height)
-        view = View(size, (0, 0, *size), flip=False)
-        read_frames(Sample(0, record.path, indices, (view,), 0, info))
-    return len(records) / max(time.perf_counter() - start, 1e-9) if records else 0.0

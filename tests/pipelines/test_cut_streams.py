@@ -1,6 +1,7 @@
 """Streams that were cut without being encoded anew, and keyframes that are none."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -14,7 +15,7 @@ from pipelines.matroska import MOST_FRAMES
 from pipelines.media import MediaInfo, open_video, probe
 from pipelines.packets import PacketTable
 from pipelines.shards import make_record
-from pipelines.source import Sample
+from pipelines.source import Sample, Steps
 from pipelines.trim import trimmed_stream
 
 MakeVideo = Callable[..., Path]
@@ -98,6 +99,23 @@ def test_intra_refresh_has_no_keyframe_to_cut_at(
     assert counts["unexpected"] > 0
     with pytest.raises(MediaError, match="whose packets cannot be cut out"):
         make_record("a", path, info)
+
+
+@pytest.mark.needs_dali_video
+def test_dali_gives_nothing_for_a_frame_that_does_not_come(make_video: MakeVideo) -> None:
+    """Neither black (its default) nor the last one."""
+    from pipelines.dali_video import DaliVideo
+
+    path = make_video("a.webm", num_frames=8)
+    info = replace(probe(path), num_frames=12, packets=None)
+    options = {"resize": False, "crop": False, "scale": False, "flip": False, "repeat": False}
+    steps = Steps(**options, num_views=1)
+    decoder = DaliVideo(
+        max_samples=1, max_frames=2, threads=1, size=64, antialias=True, steps=steps
+    )
+    with pytest.raises(RuntimeError):
+        decoder.finish(decoder.submit([sample_of(path, info, np.array([3, 10]))]))
+    decoder.close()
 
 
 def test_more_packets_than_a_cut_file_can_hold(make_video: MakeVideo) -> None:

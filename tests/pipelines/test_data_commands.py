@@ -1,18 +1,25 @@
 """`accel data check` and `prepare`: lists of parts of folders, full disks, options, deny-lists."""
 
+import re
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from accel.cli.main import main
+from pipelines import progress
 from pipelines.annotations import read_list
 from pipelines.audit import read_deny_list
 from pipelines.decode import read_frames
 from pipelines.geometry import View
+from pipelines.media import open_video
+from pipelines.progress import progress_bar
 from pipelines.shards import probe_record
 from pipelines.source import Sample
 
@@ -63,6 +70,67 @@ def test_every_part_of_a_folder_is_checked(
     assert "train.txt: 1 lines repeat a path" in output
     assert "train.txt: 1 videos have two labels, e.g. b" in output
     assert f"val.txt: 1 videos are in {tmp_path / 'train.txt'}, too, e.g. b" in output
+
+
+def test_copies_have_the_colors_of_the_original_and_outlive_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From BT.709, full range and JPEG; the copies are BT.601, whose matrix is another one."""
+    stripes = [(200, 30, 40), (30, 180, 60), (40, 60, 210), (220, 210, 40), (90, 90, 90)]
+    picture = np.repeat(np.array(stripes, np.uint8), 32, axis=0)[None].repeat(96, axis=0)
+    root, out = tmp_path / "in", tmp_path / "out"
+    (root / "frames").mkdir(parents=True)
+    for number in (1, 2):
+        Image.fromarray(picture).save(root / "frames" / f"{number:05d}.jpg", quality=95)
+    for name, matrix, limits in (("hd.mp4", "ITU709", "MPEG"), ("full.mp4", "ITU601", "JPEG")):
+        with av.open(str(root / name), "w") as container:
+            stream: Any = container.add_stream("libx264", rate=25, options={"crf": "5"})
+            stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], "yuv420p"
+            codec = stream.codec_context
+            codec.colorspace = 1 if matrix == "ITU709" else 6
+            codec.color_range = 2 if limits == "JPEG" else 1
+            for _ in range(2):
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                options = {"dst_colorspace": matrix, "dst_color_range": limits}
+                container.mux(stream.encode(frame.reformat(format="yuv420p", **options)))
+            container.mux(stream.encode(None))
+    lists = {"files.txt": "hd.mp4 0\nfull.mp4 0\n", "frames.txt": "frames 2 0\n"}
+    copies = []
+    for name, text in lists.items():
+        (root / name).write_text(text)
+        options = ["--root", str(root), "--list", name, "--out", str(out / name)]
+        assert main(["data", "prepare", *options, "--quality", "5"]) == 0
+        copies += [record.path for record in read_list(out / name / name, root=out / name)]
+    for copy in copies:
+        with open_video(copy) as container:
+            (shown, _) = (f.to_ndarray(format="rgb24") for f in container.decode(video=0))
+        wrong = np.abs(shown.astype(int) - picture).reshape(96, 5, 32, 3)[:, :, 8:-8]
+        assert wrong.mean(axis=(0, 2, 3)).max() < 5, copy.name  # of each stripe
+
+    (root / "hd.mp4").unlink()
+    options = ["--root", str(root), "--list", "files.txt", "--out", str(out / "files.txt")]
+    assert main(["data", "prepare", *options, "--quality", "5"]) == 0
+    assert "0 copies written, 2 kept, 0 failed" in capsys.readouterr().out
+    (root / "files.txt").write_text("never.mp4 0\n")
+    assert main(["data", "prepare", *options, "--quality", "5"]) == 3
+    assert "not copied: never.mp4: No such file" in capsys.readouterr().out
+
+
+def test_progress_in_a_log_file_is_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with progress_bar(2, "preparing", "video") as bar:
+        bar.update()
+    assert not capsys.readouterr().err  # it took no minute
+    monkeypatch.setattr(progress, "_LOG_INTERVAL_S", 0.0)
+    with progress_bar(2, "preparing", "video") as bar:
+        bar.update()
+        bar.update()
+    lines = capsys.readouterr().err.replace("\r", "").splitlines()
+    assert re.fullmatch(r"preparing: 1 of 2, .*video/s, \d\d:\d\d left", lines[1])
+    with progress_bar(2, "preparing", "video", show=False) as bar:
+        bar.update()
+    assert not capsys.readouterr().err
 
 
 @contextmanager
