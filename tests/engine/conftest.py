@@ -1,9 +1,13 @@
 """A tiny generated dataset and recipe: four optimizer steps per epoch, seconds per run."""
 
+import itertools
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -54,23 +58,71 @@ def _own_cache(tmp_path_factory):
 
 
 @pytest.fixture
-def train_process(tiny_recipe):
-    """Start `python train.py` on the tiny recipe; returns the Popen."""
+def train_process(tiny_recipe, tmp_path_factory):
+    """Start `python train.py` on the tiny recipe; returns the Popen.
+
+    M2: whatever became of it, nothing of it may be left: processes, shared memory, temporary files.
+    """
     processes = []
+    segments = _abandoned_segments()
 
     def start(*arguments, launcher=()):
         command = [sys.executable, *launcher, str(TRAIN_PY), "--recipe", tiny_recipe, *arguments]
+        scratch = tmp_path_factory.mktemp("scratch")
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # so that its own processes can be told
+            env=os.environ | {"TMPDIR": str(scratch)},
         )
-        processes.append(process)
+        out = dict(itertools.pairwise(arguments)).get("--out")
+        processes.append((process, launcher, scratch, out))
         return process
 
     yield start
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
+    unfinished = [process for process, *_ in processes if process.poll() is None]
+    for process in unfinished:  # the test has failed
+        os.killpg(process.pid, signal.SIGKILL)
+    for process, launcher, scratch, out in processes:
         process.communicate()
+        if process in unfinished or process.returncode == -signal.SIGKILL:
+            continue
+        deadline = time.monotonic() + 5
+        while (left := _session(process.pid)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not left, f"processes of {process.args} are left: {left}"
+        files = []
+        if not launcher:  # torchrun leaves its folder of logs, torch its cache
+            files = [f for f in scratch.iterdir() if not f.name.startswith("torchinductor_")]
+        files += list(Path(out).rglob("*.tmp*")) if out else []
+        assert not files, f"{process.args} has left {files}"
+    assert not _abandoned_segments() - segments
+
+
+def _session(leader):
+    """Command lines of the living processes of a session."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, *facts = (folder / "stat").read_text().rsplit(")", 1)[1].split()
+            if int(facts[2]) == leader and state != "Z":
+                found[folder.name] = (folder / "cmdline").read_text().split("\0")
+        except OSError:
+            continue
+    return found
+
+
+def _abandoned_segments():
+    """Shared memory that no process uses."""
+    found = {str(path) for path in Path("/dev/shm").iterdir()}
+    for maps in Path("/proc").glob("[0-9]*/maps") if found else ():
+        try:
+            found -= set(re.findall(r"/dev/shm/\S+", maps.read_text()))
+        except OSError:
+            continue
+    return found
 
 
 @pytest.fixture
