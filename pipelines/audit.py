@@ -96,7 +96,7 @@ def _found(
         if end is None:
             return
         suspects = sorted(begun)
-        alone = functools.partial(_check_each, frame_name, decode)
+        alone = functools.partial(check_each, frame_name, decode)
         guilty = find_harmful(alone, [waiting[k] for k in suspects], timeout_s=None)
         for place, what in guilty.items():
             record = waiting.pop(suspects[place])
@@ -132,9 +132,10 @@ def _check_all(
             pass
 
 
-def _check_each(
+def check_each(
     frame_name: str, decode: bool, records: Sequence[VideoRecord], report: Callable[[int], None]
 ) -> None:
+    """A task of `in_flight.find_harmful`."""
     open_shard = shard_opener()
     for number, record in enumerate(records):
         report(number)

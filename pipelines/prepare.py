@@ -26,6 +26,7 @@ from pipelines.images import first_frame_name, read_images
 from pipelines.media import MediaInfo, open_video, probe
 from pipelines.packets import SHARD_SUFFIX, media_file
 from pipelines.packing import Named, map_ahead, pack_shard, stamp_of
+from pipelines.prepare_guard import Guard
 from pipelines.prepare_report import Report, rates, sizes
 from pipelines.progress import progress_bar
 from pipelines.shards import Record, make_record, probe_record
@@ -117,19 +118,28 @@ def _prepare(
     frame_name = frame_name or first_frame_name(records)
     work = _Work(encoding, out, names, frame_name)
     groups = _groups(records, out, encoding)
+    guard = Guard(out, records, frame_name)
+
+    def encode(record: VideoRecord) -> bool | str:
+        return guard.call(record, work.encode, record)
+
+    def pack(video: Named) -> Record | str:
+        return guard.call(video[1], work.pack, video)
+
     bar = progress_bar(len(records), "preparing", "video")
     results: dict[Part, bool | str] = {}
-    with bar, ThreadPoolExecutor(threads, thread_name_prefix="accel-prepare") as pool:
+    workers = ThreadPoolExecutor(threads, thread_name_prefix="accel-prepare")
+    with contextlib.closing(guard), bar, workers as pool:
         try:
             if not encoding.shard_videos:
-                outcomes = map_ahead(pool, work.encode, records, 4 * threads)
+                outcomes = map_ahead(pool, encode, records, 4 * threads)
                 for record, outcome in zip(records, outcomes, strict=True):
                     results[record.part] = outcome
                     bar.update()
             for shard, group in groups.items():
                 videos = [(names[record.part], record) for record in group]
                 outcome_of = pack_shard(
-                    shard, videos, work.pack, pool=pool, ahead=2 * threads, done=bar.update
+                    shard, videos, pack, pool=pool, ahead=2 * threads, done=bar.update
                 )
                 results |= {record.part: outcome_of[name] for name, record in videos}
                 for record in group:

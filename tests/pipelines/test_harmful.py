@@ -281,6 +281,26 @@ def test_the_audit_survives_it(
     assert finding.reason == "kills the process that reads it (SIGSEGV)"
 
 
+@pytest.mark.parametrize("packed", [[], ["--codec", "copy", "--shards", "5"]])
+def test_prepare_goes_on_without_it(
+    dataset: Dataset, inject: Callable[[str, str], None], tmp_path: Path, packed: list[str]
+) -> None:
+    inject("probe", "crash")
+    lines = "".join(f"{record.name} 0\n" for record in dataset.train)
+    (tmp_path / "list.txt").write_text(lines)
+    options = ["--root", str(tmp_path), "--list", "list.txt", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "accel.cli.main", "data", "prepare", *options, *packed]
+    codes = []
+    for _ in range(3):
+        done = subprocess.run([*command, "--threads", "2"], capture_output=True, text=True)
+        codes.append(done.returncode)
+    assert codes == [-signal.SIGSEGV, 3, 3], done.stderr  # the third time, it is not tried again
+    assert "not copied: 05.webm: kills the process that reads it (SIGSEGV)" in done.stdout
+    assert "11 kept, 1 failed" in done.stdout
+    assert len((tmp_path / "out" / "list.txt").read_text().splitlines()) == 11
+    assert not list((tmp_path / "out").glob("*.reading-*"))
+
+
 def test_the_audit_says_that_it_was_killed(
     dataset: Dataset, inject: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
