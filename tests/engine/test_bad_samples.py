@@ -91,6 +91,19 @@ def test_a_resumed_run_keeps_what_it_left_out(tiny_recipe, root, tmp_path, steps
     assert text.count('"unusable"') == 2
 
 
+def test_a_set_of_one_class(tiny_recipe, tiny_root, tmp_path, steps_of):
+    """D6: nothing can be learned, and nothing goes wrong."""
+    root = tmp_path / "set"
+    shutil.copytree(tiny_root, root)
+    for name in ("train.txt", "val.txt"):
+        lines = (root / name).read_text().splitlines()
+        (root / name).write_text("".join(f"{line.split()[0]} 0\n" for line in lines))
+    changes = {"data.classes_file": "", "train.max_steps": "2"}
+    summary = _fit(_trainer(tiny_recipe, root, tmp_path / "run", **changes))
+    assert summary["val_top1"] == 1.0
+    assert [step[1] for step in steps_of(tmp_path / "run")] == [0.0, 0.0]
+
+
 def test_missing_clips_are_wrong_in_every_share():
     meter = ClassificationMeter(3, torch.device("cpu"))
     meter.update(torch.eye(3), torch.tensor([0, 1, 2]))

@@ -71,7 +71,7 @@ def test_the_table_of_reasons(dozen: Dataset, open_loader: OpenLoader) -> None:
 def test_small_and_odd_sets(
     dozen: Dataset, make_dataset: MakeDataset, open_loader: OpenLoader
 ) -> None:
-    """D6: fewer videos than a global batch or than ranks; repeated lines; one class."""
+    """D6: fewer videos than a global batch or than ranks; repeated lines, each a video."""
     path = dozen.train[0].path
     with pytest.raises(DataError, match=r"3 videos, fewer than one global batch \(4\)"):
         open_loader(make_dataset([path] * 3))
@@ -81,3 +81,9 @@ def test_small_and_odd_sets(
     few = make_dataset([path])
     loaders = [open_loader(few, "val", rank=rank, world_size=3) for rank in range(3)]
     assert [len(list(loader.epoch(0))) for loader in loaders] == [1, 0, 0]
+    with pytest.raises(DataError, match=r"1 videos, fewer than one global batch \(4\)"):
+        open_loader(few, rank=2, world_size=4, micro_batch=1)
+    path.unlink()  # one file, nine lines: nine videos, of which twelve may have four
+    repeated = make_dataset([path] * 9 + [record.path for record in list(dozen.train)[1:4]])
+    with pytest.raises(DataError, match=r"9 of 12 training videos cannot be used, allowed 4"):
+        open_loader(replace(repeated, max_bad_fraction=0.34))
