@@ -5,6 +5,7 @@ import re
 import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -168,12 +169,17 @@ def _decoded(path: Path | str, content: bytes) -> npt.NDArray[np.uint8]:
 
     try:
         with Image.open(BytesIO(content), formats=("JPEG", "PNG")) as image:
-            if image.mode.startswith("I"):  # 16-bit gray: Pillow would clip it at 255
-                gray = (np.asarray(image, np.uint32) + 128) // 257
-                return np.repeat(gray[..., None].astype(np.uint8), 3, axis=2)
-            return np.asarray(image.convert("RGB"))
+            return rgb_pixels(image)
     except (OSError, SyntaxError, ValueError) as error:
         raise MediaError(path, f"cannot be decoded: {error}; extract it again.") from error
+
+
+def rgb_pixels(image: Any) -> npt.NDArray[np.uint8]:
+    """[H, W, 3] of a Pillow image; 16-bit gray is scaled, where Pillow would clip it at 255."""
+    if image.mode.startswith("I"):
+        gray = (np.asarray(image, np.uint32) + 128) // 257
+        return np.repeat(gray[..., None].astype(np.uint8), 3, axis=2)
+    return np.asarray(image.convert("RGB"))
 
 
 def _content(path: str) -> bytes:

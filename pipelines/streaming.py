@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from pipelines.errors import MediaError
+from pipelines.images import rgb_pixels
 
 _OPEN_S, _READ_S = 10.0, 10.0  # a network stream that does not answer has ended
 _SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -67,7 +68,7 @@ def _read_folder(path: Path) -> Iterator[np.ndarray]:
     for name in names:
         try:
             with Image.open(name) as image:
-                pixels = np.asarray(image.convert("RGB"))
+                pixels = rgb_pixels(image)
         except (OSError, ValueError, SyntaxError) as error:
             raise MediaError(name, f"cannot be read as an image: {error}.") from error
         size = size or pixels.shape

@@ -14,6 +14,7 @@ from PIL import Image
 
 from pipelines.audit import read_deny_list
 from pipelines.errors import AnnotationError, DataError, MediaError
+from pipelines.images import rgb_pixels
 from pipelines.microtubes import TubeDataset
 from pipelines.moving_objects import CLASSES as MOVING_CLASSES
 from pipelines.tubes import (
@@ -83,7 +84,7 @@ class TubeSet:
             path = self.folder(stream, video) / f"{number:05d}.jpg"
             try:
                 with Image.open(path) as image:
-                    pixels = np.asarray(image.convert("RGB"))
+                    pixels = rgb_pixels(image)
             except (OSError, ValueError, SyntaxError) as error:
                 raise MediaError(path, f"cannot be read as an image: {error}.") from error
             if images and pixels.shape != images[0].shape:

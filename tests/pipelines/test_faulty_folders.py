@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from pipelines.datasets import Dataset, open_dataset
 from pipelines.errors import DataError
 from pipelines.loader import Loader
 from pipelines.quarantine import Quarantine
+from pipelines.streaming import read_frames
+from pipelines.tube_data import TubeSet
 
 ReadCode = Callable[[np.ndarray], tuple[int, int]]
 
@@ -123,6 +126,19 @@ def test_every_kind_of_faulty_folder(
     assert (
         sizes == [2] * (len(FOLDERS) // 4 * 2) and training.quarantine.entries[0].split == "train"
     )
+
+
+def test_every_reader_of_images_scales_16_bit(
+    tmp_path: Path, make_frames: Callable[..., Path]
+) -> None:
+    """Also those of detection, whose names end with .jpg whatever is in the files."""
+    folder = make_frames("rgb-images/clip", num_frames=2)
+    gray = [np.asarray(Image.open(path).convert("L")) for path in sorted(folder.iterdir())]
+    expected = np.stack([gray] * 3, axis=-1)
+    each(as_16_bit_png)(folder)
+    assert np.array_equal(np.stack(list(read_frames(str(folder)))), expected)
+    tubes = TubeSet(tmp_path, None, (), (), ())
+    assert np.array_equal(tubes.read("rgb", SimpleNamespace(name="clip"), [1, 2]), expected)
 
 
 def test_a_wrong_number_of_frames_is_said_once(
