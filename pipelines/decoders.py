@@ -120,6 +120,7 @@ def choose_decoder(
         MediaError, ValueError: the forced decoder cannot read the set.
     """
     problems = plan.problems()
+    colors = next((wrong for kind, _ in plan.source.infos.kinds if (wrong := kind.dali_colors)), "")
     folders = plan.source.infos.are_frames
     titles = {
         "dali": "DALI decodes on the CPU",
@@ -127,6 +128,11 @@ def choose_decoder(
         "pyav": f"{'Pillow' if folders else 'PyAV'} decodes",
     }
     titles["pyav"] += f", {'DALI' if plan.dali else 'torch'} scales"
+
+    def line(name: str, why: str = "") -> str:
+        reasons = [why] * bool(why) + [colors] * bool(colors and name != "pyav")
+        return titles[name] + (f" ({'; '.join(reasons)})" if reasons else "")
+
     if config.decoder != "auto":
         if config.decoder in problems:
             path, reason = problems[config.decoder]
@@ -134,20 +140,23 @@ def choose_decoder(
             if path is None:
                 raise ValueError(f"loader.decoder: {config.decoder!r}: {reason}; {advice}.")
             raise MediaError(path, f"{reason}; {advice}.")
-        return config.decoder, f"{titles[config.decoder]} (loader.decoder={config.decoder})"
+        return config.decoder, line(config.decoder, f"loader.decoder={config.decoder}")
     names = [name for name in ("dali", "dali_gpu", "pyav") if name not in problems]
     if trained_with in names:
-        return trained_with, f"{titles[trained_with]} (as the checkpoint says)"
+        return trained_with, line(trained_with, "as the checkpoint says")
+    if colors and "dali" in names:  # PyAV is about as fast; a GPU's decoder is another matter
+        names.remove("dali")
+        problems["dali"] = (None, colors)
     if names == ["pyav"]:
-        return "pyav", f"{titles['pyav']} ({problems['dali'][1]})"
+        return "pyav", line("pyav", problems["dali"][1])
     if len(plan.source) < _FEWEST_VIDEOS:
-        return names[0], titles[names[0]]
+        return names[0], line(names[0])
     rates, failed = _measured(plan, names, cache)
     best = max(rates, key=lambda name: rates[name])
     facts = [f"{rates[best]:.0f} clips/s"]
     facts += [f"{name} {rate:.0f}" for name, rate in rates.items() if name != best]
     facts += [f"{name}: {reason}" for name, reason in failed.items()]
-    return best, f"{titles[best]} (measured: {'; '.join(facts)})"
+    return best, line(best, f"measured: {'; '.join(facts)}")
 
 
 def _measured(

@@ -24,6 +24,7 @@ _ONE_FRAME_PER_PACKET = frozenset("av1 h264 hevc mjpeg prores vp9".split())
 # part 2: given packets alone, FFmpeg 8's decoder returns other pixels from one run to the next.
 _STANDALONE = frozenset("av1 h264 hevc mjpeg vp8 vp9".split())
 _DECODERS = {"av1": "libdav1d"}  # where FFmpeg's decoder is not called like the codec
+_BT601 = frozenset((0, 2, 5, 6))  # in FFmpeg's numbers, with RGB and what is not stated
 _DALI_CPU_CODECS = frozenset(("mjpeg", "vp8", "vp9"))
 _NVDEC_CODECS = frozenset("av1 h264 hevc vp8 vp9".split())
 # Where the header says how long the lengths of units are; the units of a picture that refers to
@@ -84,6 +85,14 @@ class StreamKind:
         if self.pixel_format not in ("yuv420p", "yuvj420p") or not self.regular:
             return f"{self.codec} with {self.pixel_format} or irregular packets"
         return None
+
+    @property
+    def dali_colors(self) -> str | None:
+        """How DALI shows such a file, if not in the colors that its container states; or None."""
+        if self.frame_name or self.color_space in _BT601:
+            return None
+        name = "BT.709" if self.color_space == 1 else f"color space {self.color_space}"
+        return f"DALI shows {name} as if it were BT.601, which accel data prepare writes"
 
     @property
     def dali_gpu_problem(self) -> str | None:

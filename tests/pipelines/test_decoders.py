@@ -14,6 +14,7 @@ from pipelines.config import AugmentConfig, LoaderConfig, SamplingConfig
 from pipelines.datasets import Dataset
 from pipelines.decoders import DecoderPlan, measure
 from pipelines.loader import Loader, build_loader
+from pipelines.media import probe
 from pipelines.source import Sample
 
 MakeVideo = Callable[..., Path]
@@ -122,6 +123,22 @@ def test_decoders_that_cannot_read_the_set(
         open_loader(dataset, "dali_gpu")
     mixed = make_dataset([make_video("a.webm"), make_video("b.mp4", codec="libx264")])
     assert "(DALI does not decode h264 on the CPU)" in open_loader(mixed).description
+
+
+@pytest.mark.needs_dali_video
+def test_dali_is_not_chosen_for_colors_that_it_does_not_know(
+    make_video: MakeVideo, make_dataset: MakeDataset
+) -> None:
+    """Its matrix is always that of BT.601: as fast as PyAV, but in other colors."""
+    paths = [make_video(f"{k}.webm", options={"colorspace": "bt709"} if k else {}) for k in (0, 1)]
+    assert [probe(path).kind.color_space for path in paths] == [2, 1]
+    dataset = make_dataset(paths)
+    wrong = "DALI shows BT.709 as if it were BT.601, which accel data prepare writes"
+    assert f"PyAV decodes, DALI scales ({wrong})" in open_loader(dataset).description
+    forced = open_loader(dataset, "dali").description
+    assert f"DALI decodes on the CPU (loader.decoder=dali; {wrong})" in forced
+    known = open_loader(make_dataset(paths[:1])).description
+    assert "DALI decodes on the CPU, " in known
 
 
 @pytest.mark.parametrize("decoder", ["pyav", "auto"])
