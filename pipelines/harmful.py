@@ -28,7 +28,7 @@ from pipelines.source import Sample, Steps
 _LOG = logging.getLogger(__name__)
 # Shortest and longest wait for one sample alone: a new process imports before the first one, and
 # other ranks wait meanwhile (run.timeout_s).
-_ALONE_S = (10.0, 60.0)
+_ALONE_S = (5.0, 60.0)
 
 
 def note(in_flight: InFlight | None, settings: DecoderSettings, samples: Sequence[Sample]) -> None:
@@ -54,7 +54,7 @@ def leave_out_harmful(path: Path, videos: VideoSet, *, timeout_s: float) -> dict
     Args:
         path: of the index (`media_index.index_path`), which is opened afterwards.
         videos: that it is of.
-        timeout_s: longest wait for one sample, between ten seconds and a minute.
+        timeout_s: longest wait for one sample, between five seconds and a minute.
 
     Returns:
         Id -> why the video cannot be used, for those found now.

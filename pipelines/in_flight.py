@@ -29,7 +29,7 @@ from pipelines.pool import start_worker
 _T = TypeVar("_T")
 _LOG = logging.getLogger(__name__)
 _START_S = 120.0  # for a process to import what it needs, on a busy machine
-_MOST_HANGS = 3  # of single videos; more of them are the storage's
+_MOST_HANGS = 2  # of single videos; more of them are the storage's
 _GUILTY = frozenset(
     (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP)
 )
@@ -125,7 +125,8 @@ def left_behind(folder: Path, stem: str) -> Iterator[tuple[Path, Any]]:
 
 
 def find_harmful(task: Task[_T], items: Sequence[_T], *, timeout_s: float | None) -> dict[int, str]:
-    """Which items kill the process that reads them, or never come back: number -> what they do.
+    """Which items kill the process that reads them, or twice do not come back: number -> what they
+    do.
 
     Args:
         task: reads them; a function of a module, or a partial of one.
@@ -137,28 +138,33 @@ def find_harmful(task: Task[_T], items: Sequence[_T], *, timeout_s: float | None
     """
     found: dict[int, str] = {}
     hangs = first = 0
+    waited: set[int] = set()  # for these before: a job may be suspended for a while, once
     while first < len(items):
-        current = -1
+        current = first - 1
         end: End | None = None
         for message in messages(_read_all, (task, items[first:]), timeout_s=timeout_s):
             if isinstance(message, End):
                 end = message
             else:
-                current = message
+                current = first + message
         if end is None:
             break
-        if current < 0:
+        if current < first:
             _LOG.warning("a process that is to look at videos does not begin to: %s", end.what)
             break
+        if end.hung and current not in waited:
+            waited.add(current)
+            first = current
+            continue
         if end.guilty:
-            found[first + current] = end.what
+            found[current] = end.what
             hangs = hangs + 1 if end.hung else 0
         if hangs > _MOST_HANGS:
             raise DataError(
                 f"{hangs} videos in a row cannot be read within {timeout_s:g} s each; check the "
                 "storage."
             )
-        first += current + 1
+        first = current + 1
     return found
 
 
