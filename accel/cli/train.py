@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _train(recipe: configs.Recipe, out: Path, options: argparse.Namespace) -> int:
+    from accel.engine.data import warn_of_classes
     from accel.engine.distributed import start_world, stop_world
     from accel.engine.dry_run import dry_run
     from accel.engine.report import summary_text
@@ -58,6 +59,8 @@ def _train(recipe: configs.Recipe, out: Path, options: argparse.Namespace) -> in
             world=world,
         )
         try:
+            if world.is_main:
+                warn_of_classes(trainer.dataset)
             if options.dry_run:
                 report = dry_run(trainer)
                 if world.is_main:

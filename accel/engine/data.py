@@ -1,9 +1,12 @@
 """Datasets and loaders of a recipe, opened by all processes of a run."""
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from accel.engine.config import Recipe, resolved_sampling
@@ -15,6 +18,8 @@ from pipelines.datasets import Dataset, open_dataset
 from pipelines.loader import Loader, build_loader
 from pipelines.order import Split
 from pipelines.quarantine import Quarantine
+
+logger = logging.getLogger(__name__)
 
 
 def open_shared_dataset(recipe: Recipe, world: World) -> Dataset:
@@ -33,6 +38,38 @@ def open_shared_dataset(recipe: Recipe, world: World) -> Dataset:
     if world.is_main:
         world.barrier()
     return dataset
+
+
+def warn_of_classes(dataset: Any) -> None:
+    """Warn of classes that no training video shows: a slip in a list, or another numbering.
+
+    Args:
+        dataset: of `Task.open_dataset`; sets of tubes are left alone.
+    """
+    if not isinstance(dataset, Dataset):
+        return
+    trained, validated = (
+        np.bincount(videos.labels, minlength=dataset.num_classes) > 0
+        for videos in (dataset.train, dataset.val)
+    )
+    if not trained.all():
+        logger.warning(
+            "%s of %d classes without a training video, %s: is that meant?",
+            *(int((~trained).sum()), dataset.num_classes, _classes(~trained, dataset)),
+        )
+    if (validated & ~trained).any():
+        untrained = int((~trained)[dataset.val.labels].sum())
+        logger.warning(
+            "%d of %d validation videos are of classes that never occur in training, %s: "
+            "a network cannot have learned them.",
+            *(untrained, len(dataset.val), _classes(validated & ~trained, dataset)),
+        )
+
+
+def _classes(chosen: np.ndarray, dataset: Dataset) -> str:
+    """The first three of the chosen classes by name."""
+    names = [repr(dataset.class_names[label]) for label in np.flatnonzero(chosen)]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def open_loader(

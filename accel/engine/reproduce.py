@@ -15,7 +15,7 @@ import torch
 from accel.engine import config as configs
 from accel.engine.checkpoint import write_atomically
 from accel.engine.config import Recipe
-from accel.engine.data import open_shared_dataset
+from accel.engine.data import open_shared_dataset, warn_of_classes
 from accel.engine.distributed import World
 from accel.engine.dry_run import dry_run
 from accel.engine.evaluate import protocol_views
@@ -80,6 +80,8 @@ def plan(
     for run, recipe in zip(runs, names, strict=True):
         settings = configs.load_recipe(recipe, overrides)
         dataset = open_shared_dataset(settings, world)
+        if world.is_main:
+            warn_of_classes(dataset)  # of the whole lists: a share of them may lack some
         problems += _data_problems(run, settings, dataset)
         if scale < 1:
             scaled = _scaled(settings, dataset, scale, out, world)

@@ -130,6 +130,28 @@ def test_bad_data_ends_with_3_and_names_the_place(capfd, recipe, tmp_path, fault
     assert not (out / "checkpoints").exists()
 
 
+def test_classes_without_training_videos_are_said(capfd, recipe, tmp_path):
+    root = tmp_path / "set"
+    names = [line.split()[0] for line in (root / "train.txt").read_text().splitlines()]
+    (root / "train.txt").write_text(f"{names[0]} 1\n{names[1]} 2\n{names[0]} 5\n")
+    (root / "val.txt").write_text(f"{names[0]} 0\n{names[1]} 1\n{names[1]} 2\n")
+    options = ("--data.num_classes", "0", "--dry-run")
+    code, _, err = _run(capfd, "--recipe", recipe, *options)
+    assert code == 0, err
+    assert "3 of 6 classes without a training video, '0', '3', '4': is that meant?" in err
+    assert "1 of 3 validation videos are of classes that never occur in training, '0':" in err
+    (root / "train.txt").write_text(f"{names[0]} 5\n{names[1]} 5\n")
+    _, _, err = _run(capfd, "--recipe", recipe, *options)
+    assert "5 of 6 classes without a training video, '0', '1', '2' and 2 more:" in err
+    (root / "classes.txt").write_text("walk\nrun\njump\n")
+    (root / "train.txt").write_text(f"{names[0]} 0\n{names[1]} 2\n")
+    (root / "val.txt").write_text(f"{names[0]} 0\n")
+    named = ("--data.num_classes", "0", "--data.classes_file", "classes.txt", "--dry-run")
+    _, _, err = _run(capfd, "--recipe", recipe, *named)
+    assert "1 of 3 classes without a training video, 'run':" in err
+    assert "never occur" not in err
+
+
 def test_a_video_shorter_than_the_clip_is_an_error(capfd, recipe, tmp_path):
     code, _, err = _run(capfd, "--recipe", recipe, "--sampling.num_segments", "5000")
     assert code == 3
