@@ -47,6 +47,11 @@ class Dataset:
         return len(self.class_names)
 
     @property
+    def num_videos(self) -> dict[str, int]:
+        """Of each split."""
+        return {"train": len(self.train), "val": len(self.val)}
+
+    @property
     def fingerprints(self) -> dict[str, str]:
         """sha256 of each split's names and labels, in order."""
         return {"train": self.train.fingerprint, "val": self.val.fingerprint}

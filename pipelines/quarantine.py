@@ -154,8 +154,10 @@ class Quarantine:
             known = entry.sample_id < len(self._videos)
             if not known or self._videos[entry.sample_id].name != entry.path:
                 raise DataError(
-                    f"{self.path}: video {entry.sample_id} is {entry.path}, which the list does "
-                    "not have there; choose another --out, or delete the file."
+                    f"{self.path}: has {shown(entry.path)} as {_TITLES[self._split]} video "
+                    f"{entry.sample_id}, which it is not: the videos have changed since (files "
+                    "gone or added, another list); undo that, choose another --out, or delete "
+                    f"{self.path}."
                 )
         return entries
 

@@ -58,6 +58,11 @@ class TubeSet:
         """Action classes, without background."""
         return len(self.class_names)
 
+    @property
+    def num_videos(self) -> dict[str, int]:
+        """Of each split."""
+        return {"train": sum(self.training), "val": len(self.training) - sum(self.training)}
+
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """sha256 (hex) of names, frames, labels and boxes of either split."""

@@ -43,14 +43,7 @@ class RunState:
 
     def __init__(self, task: Task, recipe: Recipe, dataset: Any, world: World) -> None:
         self._task = task
-        self._circumstances = {
-            "recipe_name": recipe.name,
-            "recipe": configs.to_dict(recipe),
-            "data": dataset.fingerprints,
-            "class_names": list(dataset.class_names),
-            "decoders": task.decoders,
-            "world_size": world.size,
-        }
+        self._circumstances = circumstances(recipe, dataset, world) | {"decoders": task.decoders}
         self.counters = Counters()
         self.scores: Scores | None = None
         """Of the last evaluation."""
@@ -86,9 +79,9 @@ class RunState:
             CheckpointError: the contents do not fit the network.
         """
         task, scaler = self._task, self._task.step.precision.scaler
+        current = self.to_dict()
+        check_unchanged(path, stored, current, allow)
         try:
-            current = self.to_dict()
-            check_unchanged(path, stored, current, allow)
             check_tensors(path, stored, current)
             task.model.load_state_dict(stored["model"])
             task.optimizer.load_state_dict(stored["momentum"])
@@ -101,6 +94,18 @@ class RunState:
         except (RuntimeError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(path, f"does not fit this run: {error!r}.") from error
         logger.info("resuming %s at step %d", path, self.counters.iteration)
+
+
+def circumstances(recipe: Recipe, dataset: Any, world: World) -> dict[str, Any]:
+    """What a checkpoint holds of recipe, data and processes; plain data."""
+    return {
+        "recipe_name": recipe.name,
+        "recipe": configs.to_dict(recipe),
+        "data": dataset.fingerprints,
+        "num_videos": dataset.num_videos,
+        "class_names": list(dataset.class_names),
+        "world_size": world.size,
+    }
 
 
 def decoders_of(state: Mapping[str, Any] | None) -> tuple[str, str]:
@@ -216,29 +221,50 @@ def check_unchanged(
     Args:
         path: of the checkpoint, for the message.
         stored: the checkpoint's state.
-        current: the state of the run that would continue it; has at least the same keys.
+        current: that of the run that would continue it, or its `circumstances`.
         allow: keys that may differ.
 
     Raises:
         ConfigError: with every difference and what to do.
+        CheckpointError: something is missing in the checkpoint.
     """
-    changes = {
-        key: pair
-        for key, pair in configs.diff(stored["recipe"], current["recipe"]).items()
-        if not configs.is_harmless(key)
-    }
-    if stored["data"] != current["data"]:
-        changes["data"] = ("the checkpoint's videos and labels", "others")
-    for key in ("decoders", "world_size"):
-        if stored[key] != current[key]:
-            changes[key] = (stored[key], current[key])
-    changes = {key: pair for key, pair in changes.items() if key not in allow}
+    try:
+        changed = configs.diff(stored["recipe"], current["recipe"])
+        changes = {
+            key: f"{key}: {old!r} -> {new!r}"
+            for key, (old, new) in changed.items()
+            if not configs.is_harmless(key)
+        }
+        if stored["data"] != current["data"]:
+            changes["data"] = f"data: {_other_data(stored, current)}"
+        for key in ("decoders", "world_size"):
+            if key in current and stored[key] != current[key]:
+                changes[key] = f"{key}: {stored[key]!r} -> {current[key]!r}"
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(path, f"does not fit this run: {error!r}.") from error
+    changes = {key: text for key, text in changes.items() if key not in allow}
     if changes:
-        listed = "; ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changes.items())
+        back = " (put videos that are gone back)" if "data" in changes else ""
         raise ConfigError(
-            f"resume from {path}: this run differs from the checkpoint in {listed}. Undo the "
-            f"change, choose another --out, or pass --resume-allow {','.join(changes)}."
+            f"resume from {path}: this run differs from the checkpoint in "
+            f"{'; '.join(changes.values())}. Undo the change{back}, choose another --out, or pass "
+            f"--resume-allow {','.join(changes)}."
         )
+
+
+def _other_data(stored: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    """How the videos differ, as far as a checkpoint tells; older ones have no numbers."""
+    counts = [
+        f"{count['train']} for training and {count['val']} for validation {when}"
+        for when, count in (("then", stored.get("num_videos")), ("now", current["num_videos"]))
+        if count is not None
+    ]
+    text = f"other videos or labels than when the run began ({', '.join(counts)}"
+    gone = [name for name in stored["class_names"] if name not in current["class_names"]]
+    if gone:
+        more = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
+        text += f"; without the classes {', '.join(map(repr, gone[:3]))}{more}"
+    return f"{text})"
 
 
 def check_tensors(path: Path, stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:

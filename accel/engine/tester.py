@@ -257,7 +257,12 @@ def _load_model(target: Target, dataset: Dataset) -> ClipNetwork:
     if state is not None:
         _check_classes(target.weights, list(state["class_names"]), dataset)
         if state["data"].get("val") != dataset.fingerprints["val"]:
-            logger.warning("the validation list is not the one of the training run.")
+            then = state.get("num_videos", {}).get("val")  # older checkpoints do not say
+            logger.warning(
+                "%s: these are not the validation videos of its training (%d now%s): the results "
+                "do not compare with those of the run.",
+                *(target.weights, len(dataset.val), f", {then} then" if then is not None else ""),
+            )
     model = build_model(
         **asdict(replace(recipe.model, pretrained="")),
         num_classes=dataset.num_classes,

@@ -34,7 +34,14 @@ from accel.engine.report import draw_curves
 from accel.engine.run import RunFolder, environment, resolve_device
 from accel.engine.schedule import lr_factor
 from accel.engine.seeding import set_deterministic
-from accel.engine.state import Counters, RunState, check_agreement, find_checkpoint
+from accel.engine.state import (
+    Counters,
+    RunState,
+    check_agreement,
+    check_unchanged,
+    circumstances,
+    find_checkpoint,
+)
 from accel.engine.stop import StopRequested, StopSignals
 from accel.engine.task import Setting, task_of
 from accel.engine.timing import Ranges
@@ -99,7 +106,7 @@ class Trainer:
         try:
             self.store = CheckpointStore(self.folder.checkpoints, recipe.checkpoint.keep_last)
             found = find_checkpoint(resume, self.folder, self.store, recipe)
-            self._build(found, fitted=fitted is not None)
+            self._build(found, resume_allow, fitted=fitted is not None)
             if found is not None:
                 self.state.restore(*found, resume_allow)
             if not self.finished():
@@ -109,7 +116,9 @@ class Trainer:
             self.close()
             raise
 
-    def _build(self, found: tuple[Path, dict[str, Any]] | None, *, fitted: bool) -> None:
+    def _build(
+        self, found: tuple[Path, dict[str, Any]] | None, allow: Sequence[str], *, fitted: bool
+    ) -> None:
         """Data, network, optimizer, loaders and step; `fitted`: the micro-batch is known to fit."""
         path, stored = found if found is not None else (None, None)
         task_type = task_of(self.recipe)
@@ -125,6 +134,9 @@ class Trainer:
         if self.recipe.run.fit_memory and not fitted:
             self.recipe = self._fitted(stored)
         recipe, self.accumulation = self.recipe, self._accumulation()
+        if found is not None:
+            # The task would refuse other videos or classes, too, but not say why they are others.
+            check_unchanged(*found, circumstances(recipe, self.dataset, self.world), allow)
         self._launcher = Launcher(recipe, self.device, self.world, self.accumulation)
         self.ranges = Ranges(RECORDERS[recipe.log.profile])
         self.profiler = self._open_profiler()

@@ -250,6 +250,51 @@ def test_class_folders_work_as_a_dataset(capfd, tmp_path):
     assert json.loads(out.splitlines()[-1])["num_classes"] == 2
 
 
+def test_videos_gone_from_class_folders_are_named_by_a_resumed_run(capfd, tmp_path):
+    clip = sorted(HMDB.glob("*.webm"))[0].read_bytes()
+    for split, numbers in (("train", range(4)), ("val", range(2))):
+        for name in ("a", "b"):
+            for number in numbers:
+                path = tmp_path / "set" / split / name / f"{number}.webm"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(clip if (name, number) != ("b", 3) else b"")  # one in quarantine
+    recipe = tmp_path / "r.yaml"
+    folders = "data: {{root: {root}, max_bad_fraction: 0.5}}"
+    recipe.write_text(RECIPE.replace(RECIPE.splitlines()[1], folders).format(root=tmp_path / "set"))
+    command = ["--recipe", recipe, "--out", tmp_path / "run"]
+    code, _, err = _run(capfd, *command)
+    assert code == 0, err
+    assert (tmp_path / "run/quarantine.csv").is_file()
+
+    (tmp_path / "set/train/a/1.webm").unlink()
+    (tmp_path / "set/val/a/1.webm").unlink()
+    code, _, err = _run(capfd, *command, "--train.max_steps", "2")
+    assert code == 2
+    sentence = _one_sentence(err)
+    assert "(8 for training and 4 for validation then, 7 for training and 3 for" in sentence
+    assert "put videos that are gone back" in sentence and "--resume-allow" in sentence
+    code, _, err = _run(capfd, *command, "--resume-allow", "data")  # the file's ids are others'
+    assert code == 3 and f"or delete {tmp_path}/run/quarantine.csv" in _one_sentence(err)
+    assert accel(["evaluate", str(tmp_path / "run")]) == 0
+    told = "not the validation videos of its training (3 now, 4 then): the results do not compare"
+    assert told in capfd.readouterr().err
+
+    for path in sorted((tmp_path / "set").glob("*/b/*")):
+        path.unlink()
+    for split in ("train", "val"):
+        (tmp_path / "set" / split / "b").rmdir()
+    code, _, err = _run(capfd, *command)
+    assert code == 2 and "without the classes 'b'" in _one_sentence(err)
+    # a checkpoint of before the numbers were stored
+    checkpoint = next((tmp_path / "run/checkpoints").glob("*.pt"))
+    state = torch.load(checkpoint, weights_only=True)
+    del state["num_videos"]
+    torch.save(state, checkpoint)
+    (tmp_path / "run/checkpoints/index.json").unlink()
+    code, _, err = _run(capfd, *command)
+    assert code == 2 and "(3 for training and 1 for validation now;" in _one_sentence(err)
+
+
 def test_runs_of_other_networks_appear_in_the_summary(capfd, recipe):
     _run(capfd, "--recipe", recipe)
     _run(capfd, "--recipe", recipe, "--model.name", "tsn")
