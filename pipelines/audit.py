@@ -6,7 +6,7 @@ What this finds goes into a deny-list.
 
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.annotations import Part, VideoRecord, VideoSet, refuse_unlistable
+from pipelines.annotations import Part, VideoRecord, VideoSet
 from pipelines.decode import decode_packets
-from pipelines.errors import AnnotationError, DataError, MediaError, why
+from pipelines.errors import DataError, MediaError, counted, why
 from pipelines.images import first_frame_name, read_encoded, read_images
 from pipelines.in_flight import End, find_harmful, messages
 from pipelines.media import MediaInfo, open_video
@@ -297,13 +297,15 @@ def list_notes(splits: Iterable[tuple[str, VideoSet]]) -> Iterator[str]:
                 other_label[part] = None
             if (owner := owners.setdefault(part, title)) != title:
                 shared.setdefault(owner, []).append(record.name)
-        if len(labels) < len(videos):
-            yield f"{title}: {len(videos) - len(labels)} lines repeat a path"
+        if repeated := len(videos) - len(labels):
+            yield f"{title}: {counted(repeated, 'line')} with a path listed before"
         if other_label:
             example = next(iter(other_label))[0]
-            yield f"{title}: {len(other_label)} videos have two labels, e.g. {example}"
+            count = counted(len(other_label), "video")
+            yield f"{title}: {count} with two labels, e.g. {example}"
         for owner, names in shared.items():
-            yield f"{title}: {len(names)} videos are in {owner}, too, e.g. {names[0]}"
+            count = counted(len(names), "video")
+            yield f"{title}: {count} also in {owner}, e.g. {names[0]}"
 
 
 def deny_reasons(findings: Iterable[Finding]) -> dict[str, str]:
@@ -314,35 +316,3 @@ def deny_reasons(findings: Iterable[Finding]) -> dict[str, str]:
         if finding.fatal and finding.shard is None:
             reasons.setdefault(finding.record.name, finding.reason)
     return reasons
-
-
-def format_deny_list(reasons: Mapping[str, str]) -> str:
-    """One `<path><tab><reason>` per video.
-
-    Raises:
-        DataError: there is a tab or a line break in a name.
-    """
-    for name in reasons:
-        refuse_unlistable(name)
-    return "".join(f"{name}\t{' '.join(why.split())}\n" for name, why in reasons.items())
-
-
-def read_deny_list(path: Path) -> dict[str, str]:
-    """Name -> reason.
-
-    Raises:
-        AnnotationError: the file cannot be read, or a line has no tab.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AnnotationError(path, f"cannot be read: {error}.") from error
-    denied = {}
-    for number, line in enumerate(lines, start=1):
-        name, tab, reason = line.partition("\t")
-        if line.strip() and not tab:
-            problem = 'expected "<path><tab><reason>" as written by accel data check.'
-            raise AnnotationError(path, problem, number)
-        if line.strip():
-            denied[name] = reason
-    return denied

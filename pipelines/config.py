@@ -72,9 +72,9 @@ class DataConfig:
     come without `train/` and `val/`. The choice depends on file names only."""
 
     deny_list: str = ""
-    """File with `<path><tab><reason>` lines (written by `accel data check`): these training videos
-    are left out, and counted; a validation video in it is refused, because every one counts.
-    Relative to `root`, or absolute. "" = none."""
+    """File with `<path><tab><reason>` lines (written by `accel data check`, or by hand; lines that
+    begin with # are comments): these training videos are left out, and counted; a validation video
+    in it is refused, because every one counts. Relative to `root`, or absolute. "" = none."""
 
     max_bad_fraction: float = 0.001
     """Share of a split's videos (0..1) that may be unusable: in training another one stands in for

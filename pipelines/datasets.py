@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.annotations import VideoSet, read_class_names, read_list
-from pipelines.audit import read_deny_list
 from pipelines.config import DataConfig
+from pipelines.deny_list import read_deny_list
 from pipelines.errors import AnnotationError, DataError, why
 from pipelines.list_cache import cached_list
 

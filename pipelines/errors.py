@@ -39,6 +39,11 @@ def shown(name: Path | str) -> str:
     return re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], str(name))
 
 
+def counted(number: int, what: str) -> str:
+    """ "1 video", "2 videos"."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def why(error: BaseException) -> str:
     """What an error of the system or of FFmpeg says, without the path that messages name anyway."""
     return getattr(error, "strerror", None) or str(error)

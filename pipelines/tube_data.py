@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from pipelines.audit import read_deny_list
+from pipelines.deny_list import read_deny_list
 from pipelines.errors import AnnotationError, DataError, MediaError
 from pipelines.images import rgb_pixels
 from pipelines.microtubes import TubeDataset

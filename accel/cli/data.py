@@ -2,7 +2,7 @@
 
 import argparse
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -12,7 +12,8 @@ from accel.cli.options import Parser
 from accel.errors import ConfigError
 from pipelines.annotations import VideoSet, read_list
 from pipelines.config import DataConfig, LoaderConfig
-from pipelines.errors import DataError
+from pipelines.deny_list import read_deny_list, update_deny_list
+from pipelines.errors import counted
 from pipelines.tube_data import DetectionSet, Stream, audit_tube_set
 
 
@@ -164,7 +165,7 @@ def _class_folders(root: Path, options: argparse.Namespace) -> _Source:
 
 def check_main(argv: Sequence[str]) -> int:
     """Audit lists and media; write the deny-list."""
-    from pipelines.audit import Finding, audit, deny_reasons, list_notes, read_deny_list
+    from pipelines.audit import Finding, audit, deny_reasons, list_notes
 
     parser = Parser(
         prog="accel data check",
@@ -197,7 +198,8 @@ def check_main(argv: Sequence[str]) -> int:
     out = Path(options.root).expanduser().absolute() / options.out
     if out in [Path(split.title) for split in splits]:
         raise ConfigError(f"--out: expected another file than the lists, got '{options.out}'.")
-    earlier = read_deny_list(out) if out.exists() else {}  # also of lists that are not checked now
+    if out.exists():
+        read_deny_list(out)  # what is wrong with it is said now, and not after hours
     names: set[str] = set()
     for note in list_notes((split.title, split.videos) for split in splits):
         print(note)
@@ -215,34 +217,36 @@ def check_main(argv: Sequence[str]) -> int:
             print(f"{'bad ' if finding.fatal else 'note'} {finding.record.name}: {finding.reason}")
     denied = deny_reasons(findings)
     for reason, owners in faulty_shards.items():
-        print(f"bad  {reason} ({len(owners)} videos)")
+        print(f"bad  {reason} ({counted(len(owners), 'video')})")
     count = len(denied) + sum(map(len, faulty_shards.values()))
-    what = "lines" if options.lists else "videos"
-    print(f"{checked} {what} checked, {count} videos cannot be used")
+    what = counted(checked, "line" if options.lists else "video")
+    print(f"{what} checked, {counted(count, 'video')} cannot be used")
     if faulty_shards:
         print("videos of a faulty shard are not denied: mend the shard, then check again")
-    kept = {k: why for k, why in earlier.items() if options.quick or k not in names}
-    if denied or kept != earlier:
-        _write_deny_list(out, kept | denied)
+        names.difference_update(*faulty_shards.values())
+    _update_deny_list(out, denied, () if options.quick else names)
     return 3 if count else 0
 
 
-def _write_deny_list(path: Path, reasons: Mapping[str, str]) -> None:
-    from pipelines.audit import format_deny_list
-    from pipelines.cache import replace_bytes
-
-    text = format_deny_list(reasons).encode("utf-8", "surrogateescape")
-    try:
-        replace_bytes(path, [text])
-    except OSError as error:
-        reason = error.strerror or str(error)
-        problem = f"the deny-list cannot be written: {reason}; what it would hold is printed above"
-        raise DataError(f"{path}: {problem}.") from error
-    print(f"deny-list: {path} (--data.deny_list)" + ("" if reasons else ", empty now"))
+def _update_deny_list(
+    path: Path, reasons: Mapping[str, str], checked: Container[str] | None
+) -> None:
+    """See `pipelines.deny_list.update_deny_list`; says what has become of the list."""
+    if not reasons and not path.exists():
+        return
+    entries, mended, not_ours = update_deny_list(path, reasons, checked)
+    for name in mended:
+        print(f"mended {name}: it is taken off the deny-list")
+    for name in not_ours:
+        print(f"note {name}: nothing was found; no check wrote its line in the deny-list: kept")
+    print(f"deny-list: {path} (--data.deny_list), {counted(entries, 'video')} in it")
 
 
 def _check_tubes(options: argparse.Namespace) -> int:
     root = Path(options.root).expanduser().absolute()
+    out = root / options.out
+    if out.exists():
+        read_deny_list(out)
     checked, reasons = audit_tube_set(
         root,
         options.tubes,
@@ -252,11 +256,9 @@ def _check_tubes(options: argparse.Namespace) -> int:
     )
     for name, reason in reasons.items():
         print(f"bad  {name}: {reason}")
-    print(f"{checked} videos checked, {len(reasons)} cannot be used")
-    if not reasons:
-        return 0
-    _write_deny_list(root / options.out, reasons)
-    return 3
+    print(f"{counted(checked, 'video')} checked, {len(reasons)} cannot be used")
+    _update_deny_list(out, reasons, () if options.quick else None)
+    return 3 if reasons else 0
 
 
 def stats_main(argv: Sequence[str]) -> int:
@@ -303,7 +305,7 @@ def stats_main(argv: Sequence[str]) -> int:
             print(f"  {'files':10} {name}, e.g. {videos[example].name}")
     if not bad:
         return 0
-    print(f"{bad} videos cannot be used; `accel data check {shlex.join(argv)}`")
+    print(f"{counted(bad, 'video')} cannot be used; `accel data check {shlex.join(argv)}`")
     print(
         "names each and writes a deny-list, with which training leaves them out (--data.deny_list)"
     )

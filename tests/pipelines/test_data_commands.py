@@ -15,8 +15,8 @@ from PIL import Image
 from accel.cli.main import main
 from pipelines import progress
 from pipelines.annotations import read_list
-from pipelines.audit import read_deny_list
 from pipelines.decode import read_frames
+from pipelines.deny_list import read_deny_list
 from pipelines.geometry import View
 from pipelines.media import open_video
 from pipelines.progress import progress_bar
@@ -67,9 +67,9 @@ def test_every_part_of_a_folder_is_checked(
     assert main(arguments) == 3
     assert read_deny_list(tmp_path / "deny.txt").keys() == {"empty", "a"}
     output = capsys.readouterr().out
-    assert "train.txt: 1 lines repeat a path" in output
-    assert "train.txt: 1 videos have two labels, e.g. b" in output
-    assert f"val.txt: 1 videos are in {tmp_path / 'train.txt'}, too, e.g. b" in output
+    assert "train.txt: 1 line with a path listed before" in output
+    assert "train.txt: 1 video with two labels, e.g. b" in output
+    assert f"val.txt: 1 video also in {tmp_path / 'train.txt'}, e.g. b" in output
 
 
 def test_copies_have_the_colors_of_the_original_and_outlive_it(
@@ -181,24 +181,6 @@ def test_a_full_cache_folder_or_deny_list_is_one_sentence(
         assert main(["data", "check", *options]) == 3
     output = capsys.readouterr()
     assert "bad  gone.webm" in output.out and "deny-list cannot be written" in output.err
-
-
-def test_mended_videos_leave_the_deny_list(
-    tmp_path: Path, make_video: MakeVideo, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name in "ab":
-        make_video(f"{name}.webm", num_frames=3)
-        (tmp_path / f"{name}.txt").write_text(f"{name}.webm 0\n")
-    (tmp_path / "deny.txt").write_text("a.webm\tcut off\nb.webm\tcut off\n")
-    arguments = ["data", "check", "--root", str(tmp_path), "--list"]
-    assert main([*arguments, "a.txt", "--quick"]) == 0  # has not looked at all of it
-    assert read_deny_list(tmp_path / "deny.txt").keys() == {"a.webm", "b.webm"}
-    assert main([*arguments, "a.txt"]) == 0
-    assert read_deny_list(tmp_path / "deny.txt").keys() == {"b.webm"}
-    capsys.readouterr()
-    assert main([*arguments, "a.txt", "b.txt"]) == 0
-    assert "empty now" in capsys.readouterr().out
-    assert read_deny_list(tmp_path / "deny.txt") == {}
 
 
 @pytest.mark.parametrize(
