@@ -89,11 +89,11 @@ def prepare(
         class_names: for `classes.txt`; () = no such file.
 
     Raises:
-        DataError: the folder holds copies of another encoding, another process is writing to it,
-            two names become one, a list cannot hold one, or the folder cannot be written (any
-            more).
+        DataError: the folder holds copies of another encoding or of another root, another process
+            is writing to it, two names become one, a list cannot hold one, or the folder cannot be
+            written (any more).
     """
-    with _claimed(out, encoding):
+    with _claimed(out, encoding, lists[0][1].root):
         try:
             report = _prepare(lists, out, encoding, threads, frame_name)
             if class_names:
@@ -241,8 +241,8 @@ def _groups(
 
 
 @contextlib.contextmanager
-def _claimed(out: Path, encoding: Encoding) -> Iterator[None]:
-    """Have the folder alone, for copies of this encoding."""
+def _claimed(out: Path, encoding: Encoding, root: Path) -> Iterator[None]:
+    """Have the folder alone, for copies of this encoding and of what is below this root."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(file_lock(out / _LOCK, wait=False))
@@ -251,24 +251,41 @@ def _claimed(out: Path, encoding: Encoding) -> Iterator[None]:
             raise DataError(f"{out}: {problem}") from error
         except OSError as error:
             raise DataError(f"{out}: cannot be written: {error.strerror or error}.") from error
-        _claim(out, encoding)
+        _claim(out, encoding, root)
         yield
 
 
-def _claim(out: Path, encoding: Encoding) -> None:
+def _claim(out: Path, encoding: Encoding, root: Path) -> None:
     settings = out / _SETTINGS
     facts = asdict(encoding)
     if not encoding.shard_videos:
         del facts["shard_videos"]
-    content = json.dumps(facts, indent=1)
-    if settings.exists() and settings.read_text(encoding="utf-8") != content:
-        raise DataError(
-            f"{out}: holds copies with other settings ({_SETTINGS}); use another folder, or delete "
-            "this one."
-        )
+    source = str(root.resolve())
+    if settings.exists():
+        known = _settings(settings)
+        other = known.pop("root", source)  # earlier versions did not note it
+        if known != facts:
+            raise DataError(
+                f"{out}: holds copies with other settings ({_SETTINGS}); use another folder, or "
+                "delete this one."
+            )
+        if other != source:
+            raise DataError(
+                f"{out}: holds copies of what is in {other}, not in {source}; use another folder "
+                f'(if that set has moved, change its "root" in {_SETTINGS}).'
+            )
+    content = json.dumps({"root": source, **facts}, indent=1)
     replace_bytes(settings, [content.encode()])
     for left_over in out.rglob("*.part-*"):  # of a killed run
         left_over.unlink(missing_ok=True)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """{} where it cannot be understood."""
+    with contextlib.suppress(ValueError):
+        known = json.loads(path.read_bytes())
+        return known if isinstance(known, dict) else {}
+    return {}
 
 
 def _names(records: Sequence[VideoRecord], encoding: Encoding) -> dict[Part, str]:

@@ -107,6 +107,45 @@ def test_folders_of_frames_become_videos(
     assert codes == [(5, k) for k in range(12)]
 
 
+def test_a_folder_holds_copies_of_one_root(
+    tmp_path: Path, make_video: MakeVideo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one/a", "one/b", "two/a"):
+        make_video(f"{name}.webm", num_frames=2)
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    for root, name, names in (
+        ("one", "train.txt", "a"),
+        ("one", "more.txt", "ab"),
+        ("two", "train.txt", "a"),
+    ):
+        (tmp_path / root / name).write_text("".join(f"{video}.webm 0\n" for video in names))
+    out = tmp_path / "out"
+
+    def prepare(root: str, name: str) -> int:
+        options = ["--root", str(tmp_path / root), "--list", name, "--out", str(out)]
+        return main(["data", "prepare", *options, "--threads", "1"])
+
+    assert prepare("one", "train.txt") == 0
+    assert prepare("link", "more.txt") == 0  # another list, one video more
+    settings = out / "prepared.json"
+    facts = json.loads(settings.read_text())
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert prepare("two", "train.txt") == 3
+    error = capsys.readouterr().err
+    assert f"holds copies of what is in {tmp_path}/one, not in {tmp_path}/two; use" in error
+    assert files == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    assert facts.pop("root") == str(tmp_path / "one")
+    settings.write_text(json.dumps(facts))  # of an earlier version
+    assert prepare("one", "more.txt") == 0
+    assert "0 copies written, 2 kept" in capsys.readouterr().out
+    assert json.loads(settings.read_text())["root"] == str(tmp_path / "one")
+    settings.write_text("{")
+    assert prepare("one", "more.txt") == 3
+    assert "other settings" in capsys.readouterr().err
+
+
 def test_two_names_for_one_copy_are_refused(
     tmp_path: Path, make_video: MakeVideo, capsys: pytest.CaptureFixture[str]
 ) -> None:
