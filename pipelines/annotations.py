@@ -225,7 +225,7 @@ def _rows(
                 raise AnnotationError(
                     path,
                     f'expected "{expected}", got {len(fields)} fields: {_short(line)}. '
-                    "Separate by one tab if the path contains blanks.",
+                    + _how_to_separate(line),
                     line_number,
                 )
             columns = len(fields)
@@ -245,9 +245,18 @@ def _rows(
         numbers = [field.strip() for field in fields[1:-1]]
         bad = next((field for field in numbers if not _LABEL.fullmatch(field)), None)
         if bad is not None or int(numbers[-1]) == 0:
-            problem = f'expected "{_FORMS[columns]}" with >= 1 frames, got {_short(line)}.'
-            raise AnnotationError(path, problem, line_number)
+            problem = f'expected "{_FORMS[columns]}" with >= 1 frames, got {_short(line)}. '
+            raise AnnotationError(path, problem + _how_to_separate(line), line_number)
         yield name, int(label), int(numbers[-1]), int(numbers[0]) if columns == 4 else 0
+
+
+def _how_to_separate(line: str) -> str:
+    if "\t" in line:
+        return "Expected one tab between two fields."
+    return (
+        "If the path contains blanks, put a tab before the label (and before the number of frames, "
+        "if there is one)."
+    )
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:

@@ -385,9 +385,7 @@ def prepare_main(argv: Sequence[str]) -> int:
     before, after = report.clips_per_s_before, report.clips_per_s_after
     print(f"decoding    {before:.1f} clips/s before, {after:.1f} after (8 frames, one thread)")
     if not report.failed:
-        files = "train_list train.txt", "val_list val.txt", "classes_file classes.txt"
-        written = "".join(f" --data.{file}" for file in files) if source.class_names else ""
-        print(f"now         --data.root {out}{written}")
+        print(f"now         {_how_to_train(out, source)}")
         return 0
     for _, list_name, videos in source.splits:
         lacking = sum(record.part in report.failed for record in videos)
@@ -398,6 +396,21 @@ def prepare_main(argv: Sequence[str]) -> int:
             )
     print("incomplete  mend or replace the originals named above, then run this again")
     return 3
+
+
+def _how_to_train(out: Path, source: _Source) -> str:
+    """The options of training for the copies."""
+    options = ["--data.root", str(out)]
+    names = [split.list_name for split in source.splits]
+    if len(names) == 2:
+        train, val = sorted(names, key=lambda name: "train" not in name)  # else in the order given
+        options += ["--data.train_list", train, "--data.val_list", val]
+    if source.class_names:
+        options += ["--data.classes_file", "classes.txt"]
+    text = shlex.join(options)
+    if len(names) == 2:
+        return text
+    return f"{text} (--data.train_list, --data.val_list: {', '.join(names)})"
 
 
 def flow_main(argv: Sequence[str]) -> int:

@@ -70,7 +70,9 @@ def test_copies_have_the_same_frames(
     (out / "left.part-.mp4").touch()
     assert main(["data", "prepare", *options]) == 0
     output = capsys.readouterr().out
-    assert "1 copies written, 3 kept, 0 failed" in output and f"--data.root {out}" in output
+    assert "1 copies written, 3 kept, 0 failed" in output
+    lists = "--data.train_list train.txt --data.val_list val.txt"
+    assert f"now         --data.root {out} {lists}\n" in output
     assert (
         "missing" not in output
         and copies[0].path.stat().st_mtime_ns == stamp
@@ -94,12 +96,16 @@ def test_copies_have_the_same_frames(
 
 
 def test_folders_of_frames_become_videos(
-    tmp_path: Path, make_frames: Callable[..., Path], read_code: ReadCode
+    tmp_path: Path,
+    make_frames: Callable[..., Path],
+    read_code: ReadCode,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     make_frames("clips/a", num_frames=12, video=5)
     (tmp_path / "list.txt").write_text("clips/a 12 1\n")
     options = ["--root", str(tmp_path), "--list", "list.txt", "--out", str(tmp_path / "out")]
     assert main(["data", "prepare", *options]) == 0
+    assert "/out (--data.train_list, --data.val_list: list.txt)\n" in capsys.readouterr().out
     (record,) = read_list(tmp_path / "out" / "list.txt", root=tmp_path / "out")
     assert record.name == "clips/a.mp4" and record.label == 1
     with open_video(record.path) as container:
