@@ -11,7 +11,7 @@ import numpy as np
 from pipelines.annotations import VideoSet, read_class_names, read_list
 from pipelines.config import DataConfig
 from pipelines.deny_list import read_deny_list
-from pipelines.errors import AnnotationError, DataError, why
+from pipelines.errors import AnnotationError, DataError, counted, why
 from pipelines.list_cache import cached_list
 
 _LOG = logging.getLogger(__name__)
@@ -86,14 +86,32 @@ def _without_denied(train: VideoSet, val: VideoSet, data: DataConfig) -> VideoSe
         str(name, "utf-8", "surrogateescape") for name in val.encoded_names() if name in encoded
     ]
     if refused:
+        what = f"{counted(len(refused), 'validation video')} in the deny-list {path}"
         raise DataError(
-            f"{len(refused)} validation videos are in the deny-list {path}, e.g. {refused[0]}: "
-            f"{denied[refused[0]]}; repair them, or take them out of the validation set."
+            f"{what}, e.g. {refused[0]}: {denied[refused[0]].rstrip('.')}. Mend or replace what is "
+            "denied under the same name, or take its line out of the deny-list: what cannot be "
+            f"decoded then counts as a wrong answer. {_how_to_leave_out(val.root, data)}"
         )
     keep = np.array([name not in encoded for name in train.encoded_names()], np.bool_)
     left_out = len(train) - int(keep.sum())
     _LOG.warning("%s: %d of %d training videos left out", path, left_out, len(train))
     return train.selected(keep)
+
+
+def _how_to_leave_out(root: Path, data: DataConfig) -> str:
+    """A validation video, for good."""
+    if data.val_list:
+        return f"Or take it out of {data.val_list}."
+    if _has_split_folders(root):
+        return f"Or delete it from {root / 'val'}."
+    return (
+        "To delete it would draw other validation videos of its class; `accel data prepare` writes "
+        "lists, which keep the split."
+    )
+
+
+def _has_split_folders(root: Path) -> bool:
+    return (root / "train").is_dir() and (root / "val").is_dir()
 
 
 def _splits(data: DataConfig, progress: bool) -> _Splits:
@@ -174,7 +192,7 @@ def _numbered(count: int) -> tuple[str, ...]:
 
 
 def _from_folders(root: Path, data: DataConfig, classes_file: Path | None) -> _Splits:
-    split_folders = (root / "train").is_dir() and (root / "val").is_dir()
+    split_folders = _has_split_folders(root)
     train_root = root / "train" if split_folders else root
     names = _declared_names(data, classes_file) if classes_file else _subfolders(train_root)
     if data.num_classes not in (0, len(names)):

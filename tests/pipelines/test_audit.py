@@ -66,7 +66,7 @@ def test_damage_is_found_and_denied(
     assert [record.name for record in dataset.train] == ["good.mp4", "vfr.mp4", "good.mp4"]
     assert [record.label for record in dataset.train] == [0, 1, 0]
     write_list(tmp_path, ["good.mp4", "tail.mp4"], "val.txt")
-    with pytest.raises(DataError, match=r"1 validation videos .* e\.g\. tail\.mp4: its last 4"):
+    with pytest.raises(DataError, match=r"1 validation video in .* e\.g\. tail\.mp4: its last 4"):
         open_dataset(data)
     (tmp_path / "deny.txt").write_text("no tab\n")
     with pytest.raises(AnnotationError, match=r"deny\.txt:1: expected .*, got 'no tab'"):

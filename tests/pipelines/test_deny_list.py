@@ -1,6 +1,7 @@
 """Deny-lists belong to people and to `accel data check` alike: whose lines change, and when."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,33 @@ def test_a_deny_list_that_cannot_be_read_is_one_sentence(
     path.write_bytes(b"a.mp4\t\xe4\n")
     with pytest.raises(AnnotationError, match=r"deny\.txt: expected UTF-8 text"):
         open_dataset(data)
+
+
+@pytest.mark.parametrize(
+    ("names", "lists", "advice"),
+    [
+        (["0/a.mp4", "0/b.mp4"], {}, "lists, which keep the split."),
+        (["train/0/a.mp4", "val/0/b.mp4"], {}, "Or delete it from {root}/val."),
+        (
+            ["a.mp4", "b.mp4"],
+            {"train_list": "a.txt", "val_list": "b.txt"},
+            "Or take it out of b.txt.",
+        ),
+    ],
+)
+def test_what_to_do_with_a_denied_validation_video(
+    tmp_path: Path, names: list[str], lists: dict[str, str], advice: str
+) -> None:
+    for name in names:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        (tmp_path / f"{path.stem}.txt").write_text(f"{name}\t0\n")
+    data = DataConfig(root=str(tmp_path), **lists)
+    (video,) = open_dataset(data).val
+    (tmp_path / "deny.txt").write_text(f"{video.name}\tcopy it again.\n")
+    with pytest.raises(DataError) as caught:
+        open_dataset(replace(data, deny_list="deny.txt"))
+    start = f"1 validation video in the deny-list {tmp_path / 'deny.txt'}, e.g. {video.name}: "
+    assert str(caught.value).startswith(f"{start}copy it again. Mend or replace what is denied ")
+    assert str(caught.value).endswith(advice.format(root=tmp_path))
