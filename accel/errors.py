@@ -1,5 +1,6 @@
 """Errors that users see as one sentence, and the exit code each ends the process with."""
 
+import errno
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,3 +47,8 @@ class DivergedError(AccelError):
     def __init__(self, message: str, facts: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)
         self.facts = facts
+
+
+def is_full(error: OSError) -> bool:
+    """Whether the disk, or what a user may take of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)

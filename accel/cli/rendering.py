@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from accel.engine.distributed import first_to_say, tell_launcher
-from accel.errors import AccelError
+from accel.errors import AccelError, is_full
 from pipelines.errors import DataError
 
 
@@ -15,26 +15,24 @@ def run_guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
 
     Returns:
         Its exit code; that of an AccelError or DataError after printing its sentence (with the
-        traceback under --verbose); 130 when interrupted; 1 after an unexpected error. Under
-        torchrun, whose own traceback follows, the cause that this ends with is the sentence too.
+        traceback under --verbose), 2 after that of a full disk; 130 when interrupted; 1 after an
+        unexpected error. Under torchrun, whose own traceback follows, the cause that this ends
+        with is the sentence too.
     """
     try:
         return command(argv)
     except (AccelError, DataError) as error:
-        if "--verbose" in argv:
-            traceback.print_exc()
-        if str(error):
-            tell_launcher(f"error: {error}")
-            if first_to_say(str(error)):
-                print(f"error: {_rank()}{error}", file=sys.stderr)
-        return error.exit_code
+        return _say(str(error), argv, error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of stdout went away, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and is_full(error):
+            where = f"{error.filename}: " if error.filename else ""
+            return _say(f"{where}{error.strerror}; make room and repeat the command.", argv, 2)
         traceback.print_exc()
         tell_launcher(traceback.format_exc())
         print(
@@ -42,6 +40,17 @@ def run_guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
             file=sys.stderr,
         )
         return 1
+
+
+def _say(sentence: str, argv: Sequence[str], exit_code: int) -> int:
+    """Print the sentence of the exception that is being handled; the exit code again."""
+    if "--verbose" in argv:
+        traceback.print_exc()
+    if sentence:
+        tell_launcher(f"error: {sentence}")
+        if first_to_say(sentence):
+            print(f"error: {_rank()}{sentence}", file=sys.stderr)
+    return exit_code
 
 
 def _rank() -> str:

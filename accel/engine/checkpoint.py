@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from accel.errors import CheckpointError
+from accel.errors import CheckpointError, is_full
 from accel.models.weights import load_foreign
 
 logger = logging.getLogger(__name__)
@@ -70,8 +70,10 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a failed write names no file
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -103,7 +105,8 @@ class CheckpointStore:
         except OSError as error:
             raise CheckpointError(
                 self.folder,
-                f"checkpoints cannot be written here: {error.strerror}; choose another --out.",
+                f"checkpoints cannot be written here: {error.strerror}; "
+                f"{'make room, or ' if is_full(error) else ''}choose another --out.",
             ) from error
 
     def entries(self) -> list[Entry]:
@@ -181,9 +184,11 @@ class CheckpointStore:
                 if stale.name not in keep:
                     (self.folder / stale.name).unlink(missing_ok=True)
         except OSError as error:
+            older = [e for e in self.entries() if e.iteration < iteration]
+            kept = "older checkpoints are intact" if older else "there is no older one"
             raise CheckpointError(
                 path,
-                f"could not be written: {error.strerror or error}; older checkpoints are intact.",
+                f"could not be written: {error.strerror or error}; {kept}.",
             ) from error
         return path
 

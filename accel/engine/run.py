@@ -1,5 +1,6 @@
 """The run folder: who owns it, what is in it, where it ran."""
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -17,7 +18,7 @@ import torch
 
 from accel.engine.checkpoint import write_atomically
 from accel.engine.distributed import Compression
-from accel.errors import ConfigError
+from accel.errors import ConfigError, is_full
 
 DALI_PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")
 
@@ -73,12 +74,30 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cpu")
 
 
+class _LogFile(logging.FileHandler):
+    """A log file whose lines a full disk may swallow: said once, the run goes on."""
+
+    _said = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._said:
+            self._said = True
+            print(f"{self.baseFilename} cannot be written ({error.strerror}).", file=sys.stderr)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # it tries to write the rest
+            super().close()
+
+
 class RunFolder:
     """`recipe.yaml, environment.json, metrics.jsonl, log.txt, summary.json, checkpoints/`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock: IO[str] | None = None
+        self._lock: IO[bytes] | None = None
         self._handler: logging.Handler | None = None
 
     @property
@@ -121,16 +140,15 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path / ".lock", "a+", encoding="utf-8")
+            # Unbuffered: what a full disk refuses is not tried again by close().
+            lock = open(self.path / ".lock", "a+b", buffering=0)
         except OSError as error:
-            raise ConfigError(
-                f"--out {self.path}: cannot be used as a run folder: {error.strerror}."
-            ) from error
+            raise self._unusable(error) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            owner = lock.read().strip() or "another process"
+            owner = lock.read().decode().strip() or "another process"
             lock.close()
             raise ConfigError(
                 f"--out {self.path}: in use by {owner}; wait for it or choose another folder."
@@ -141,15 +159,24 @@ class RunFolder:
                 f"--out {self.path}: cannot be locked ({error.strerror}); choose a folder on a "
                 "local disk."
             ) from error
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}")
-        lock.flush()
+        try:
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {platform.node()}".encode())
+            self._handler = _LogFile(self.log, encoding="utf-8")
+        except OSError as error:
+            lock.close()
+            raise self._unusable(error) from error
         self._lock = lock
-        self._handler = logging.FileHandler(self.log, encoding="utf-8")
         self._handler.setFormatter(
             logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
         )
         logging.getLogger().addHandler(self._handler)
+
+    def _unusable(self, error: OSError) -> ConfigError:
+        return ConfigError(
+            f"--out {self.path}: cannot be used as a run folder: {error.strerror}; "
+            f"{'make room' if is_full(error) else 'make it writable'}, or choose another folder."
+        )
 
     def release(self) -> None:
         """Give the folder back."""

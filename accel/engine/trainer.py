@@ -45,7 +45,7 @@ from accel.engine.state import (
 from accel.engine.stop import StopRequested, StopSignals
 from accel.engine.task import Setting, task_of
 from accel.engine.timing import Ranges
-from accel.errors import CheckpointError, ConfigError, DivergedError
+from accel.errors import CheckpointError, ConfigError, DivergedError, is_full
 from pipelines.errors import DataError
 from pipelines.quarantine import Quarantine
 
@@ -371,6 +371,9 @@ class Trainer:
                     logger.error("%s Training goes on; the next save must succeed.", error)
                 else:
                     problem = error.problem
+                    if isinstance(cause := error.__cause__, OSError):
+                        remedy = "Make room" if is_full(cause) else "Make the folder writable"
+                        problem += f" {remedy} and repeat the command."
         problem = self.world.share(problem)
         if problem is not None:
             raise CheckpointError(self.folder.checkpoints, problem)

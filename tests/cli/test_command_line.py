@@ -1,5 +1,6 @@
 """The command line: one sentence and the right exit code for every wrong input, nothing lost."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -205,6 +206,15 @@ def test_a_damaged_pretrained_checkpoint_is_named(capfd, recipe, tmp_path):
     code, _, err = _run(capfd, "--recipe", recipe, "--model.pretrained", file)
     assert code == 2
     assert "weights.pth" in _one_sentence(err)
+
+
+def test_a_full_disk_is_one_sentence(capfd):
+    def fill(_):
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/r/summary.json")
+
+    assert run_guarded(fill, []) == 2
+    told = "runs/r/summary.json: No space left on device; make room and repeat the command."
+    assert _one_sentence(capfd.readouterr().err) == f"error: {told}"
 
 
 def test_print_config_and_dry_run_write_nothing(capfd, recipe, tmp_path):

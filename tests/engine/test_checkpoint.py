@@ -116,8 +116,12 @@ def test_full_disk_leaves_the_old_ones_and_no_rest(store, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint.os, "fsync", full)
-    with pytest.raises(CheckpointError, match="No space left on device"):
+    told = r"step_00000002\.pt: .*: No space left on device; older checkpoints are intact\.$"
+    with pytest.raises(CheckpointError, match=told):
         store.save(_state(2), 2, None)
+    fresh = CheckpointStore(store.folder.parent)
+    with pytest.raises(CheckpointError, match="No space left on device; there is no older one"):
+        fresh.save(_state(2), 2, None)
     monkeypatch.undo()
     assert [path.name for path in store.folder.iterdir() if "tmp" in path.name] == []
     assert store.load_latest()[0] == first

@@ -1,6 +1,9 @@
 """Whole runs on a tiny set: learning, exact resume, refusals; in one process."""
 
+import errno
 import json
+import logging
+import resource
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -208,10 +211,12 @@ def test_what_a_folder_holds_is_not_overwritten(undisturbed, tiny_recipe, tmp_pa
 
 def test_a_last_save_that_fails_is_an_error(tiny_recipe, tmp_path, monkeypatch):
     def full(self, state, iteration, val_top1):
-        raise CheckpointError(self.folder, "could not be written: No space left on device.")
+        problem = "could not be written: No space left on device."
+        raise CheckpointError(self.folder, problem) from OSError(errno.ENOSPC, "")
 
     monkeypatch.setattr(CheckpointStore, "save", full)
-    with pytest.raises(CheckpointError, match="No space left"):
+    told = r"No space left on device\. Make room and repeat the command\.$"
+    with pytest.raises(CheckpointError, match=told):
         _fit(tiny_recipe, tmp_path / "run", {"train.max_steps": "1"})
 
 
@@ -318,6 +323,33 @@ def test_a_folder_in_use_is_refused_and_untouched(tiny_recipe, tmp_path):
         _fit(tiny_recipe, tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "log.txt"]
     owner.release()
+
+
+def test_a_folder_that_nothing_can_be_written_to_is_one_sentence(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # as on a full disk, without one
+    try:
+        with pytest.raises(ConfigError, match="cannot be used as a run folder: File too large"):
+            RunFolder(tmp_path / "run").acquire()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    folder = RunFolder(tmp_path / "run")
+    folder.acquire()  # the lock is not held
+    folder.release()
+
+
+def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capsys):
+    folder = RunFolder(tmp_path)
+    folder.log.symlink_to("/dev/full")
+    folder.acquire()
+    try:
+        logging.getLogger("accel").warning("one")
+        logging.getLogger("accel").warning("two")
+    finally:
+        folder.release()
+    errors = capsys.readouterr().err
+    assert errors.count(f"{folder.log} cannot be written (No space left on device).\n") == 1
+    assert "Traceback" not in errors
 
 
 def test_divergence_stops_before_anything_non_finite_is_saved(tiny_recipe, tmp_path):
