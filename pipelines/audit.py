@@ -101,8 +101,15 @@ def _found(
         for place, what in guilty.items():
             record = waiting.pop(suspects[place])
             yield suspects[place], [Finding(record, what, True)]
+        if not suspects:
+            # An End says "the process that reads it": there is no such video.
+            what = end.what.replace("reads it", "reads the videos")
+            raise DataError(
+                f"{what} while it was reading none of them. What it printed above, if anything, "
+                "says why; was it killed, or could it not start, for want of memory?"
+            )
         if not guilty:
-            named = ", ".join(str(waiting[k].path) for k in suspects) or "nothing"
+            named = ", ".join(str(waiting[k].path) for k in suspects)
             raise DataError(
                 f"{end.what}; it was reading {named}, each of which can be read alone. Was it "
                 "killed, for want of memory? Try again, with fewer --threads."

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from pipelines.annotations import Part, VideoRecord, VideoSet, format_list, refuse_unlistable
 from pipelines.audit import check_video
 from pipelines.cache import file_lock, put_in_place, replace_bytes
-from pipelines.errors import DataError, MediaError
+from pipelines.errors import DataError, MediaError, why
 from pipelines.images import first_frame_name, read_images
 from pipelines.media import MediaInfo, open_video, probe
 from pipelines.packets import SHARD_SUFFIX, media_file
@@ -100,7 +100,7 @@ def prepare(
                 names = "".join(f"{name}\n" for name in class_names)
                 replace_bytes(out / "classes.txt", [names.encode()])
         except OSError as error:
-            reason = error.strerror or str(error)
+            reason = why(error)
             advice = "copies that are complete are kept, so the same command goes on once it can be"
             raise DataError(f"{out}: cannot be written: {reason}; {advice}.") from error
         return report
@@ -144,6 +144,8 @@ def _prepare(
                 results |= {record.part: outcome_of[name] for name, record in videos}
                 for record in group:
                     work.copy_of(record).unlink(missing_ok=True)
+            if groups:
+                _remove_empty(out / _COPIES)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -207,7 +209,7 @@ class _Work:
         except OSError as error:
             if error.errno in _CANNOT_WRITE:
                 raise
-            return error.strerror or str(error)
+            return why(error)
         except MediaError as error:
             return error.problem
 
@@ -226,6 +228,13 @@ class _Work:
             return make_record(name, copy, probe(copy))
         except MediaError as error:
             return error.problem
+
+
+def _remove_empty(folder: Path) -> None:
+    """A folder and those in it, unless there is a file."""
+    for path, _, _ in os.walk(folder, topdown=False):
+        with contextlib.suppress(OSError):
+            os.rmdir(path)
 
 
 def _groups(
@@ -250,7 +259,7 @@ def _claimed(out: Path, encoding: Encoding, root: Path) -> Iterator[None]:
             problem = "another accel data prepare is writing to it; wait, or use another folder."
             raise DataError(f"{out}: {problem}") from error
         except OSError as error:
-            raise DataError(f"{out}: cannot be written: {error.strerror or error}.") from error
+            raise DataError(f"{out}: cannot be written: {why(error)}.") from error
         _claim(out, encoding, root)
         yield
 
@@ -371,7 +380,7 @@ def _encode(
         code = getattr(error, "errno", 0)
         if code in _CANNOT_WRITE:
             raise OSError(code, os.strerror(code)) from error
-        raise MediaError(record.path, f"cannot be encoded: {error}.") from error
+        raise MediaError(record.path, f"cannot be encoded: {why(error)}.") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -386,9 +395,14 @@ def _source(record: VideoRecord, info: MediaInfo) -> tuple[Fraction, Iterator[An
 
 
 def _file_frames(path: Path) -> Iterator[Any]:
+    import av
+
     with open_video(path) as container:
         container.streams.video[0].thread_type = "NONE"
-        yield from container.decode(video=0)
+        try:
+            yield from container.decode(video=0)
+        except av.FFmpegError as error:
+            raise MediaError(path, f"cannot be decoded: {why(error)}.") from error
 
 
 def _folder_frames(record: VideoRecord, info: MediaInfo) -> Iterator[Any]:

@@ -1,6 +1,7 @@
 """`accel data check` finds what decoders hide; the deny-list keeps it out of training."""
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from PIL import Image
 
 from accel.cli.main import main
+from pipelines.annotations import VideoSet
+from pipelines.audit import audit
 from pipelines.config import DataConfig
 from pipelines.datasets import open_dataset
 from pipelines.deny_list import read_deny_list
@@ -163,3 +166,13 @@ def test_folders_are_checked_frame_by_frame(
     assert main(["data", "check", "--root", str(tmp_path), "--list", "list.txt"]) == 3
     assert "note short: the folder has more frames than the 8" in capsys.readouterr().out
     assert read_deny_list(tmp_path / "deny.txt").keys() == {"missing", "cut", "size"}
+
+
+def test_a_process_that_cannot_start_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(DataError) as caught:
+        list(audit(VideoSet(tmp_path, [("a.mp4", 0)]), threads=1, progress=False))
+    start = "the process that reads the videos ended with exit code 1 while it was reading none of "
+    assert str(caught.value).startswith(f"{start}them. What it printed")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -179,6 +180,31 @@ def test_the_lists_at_hand_are_not_overwritten(
         assert "--out: expected another folder than --root" in capsys.readouterr().err
         assert (tmp_path / name).read_text() == "a.webm 0\n"
     assert not list(tmp_path.rglob("prepared.json"))
+
+
+@pytest.mark.parametrize("shards", [[], ["--shards", "2"]])
+def test_damage_is_said_to_be_of_the_original(
+    tmp_path: Path,
+    make_video: MakeVideo,
+    capsys: pytest.CaptureFixture[str],
+    shards: list[str],
+) -> None:
+    path = make_video("copies/a.mp4", codec="libx264", num_frames=20)
+    make_video("copies/b.mp4", codec="libx264", num_frames=3)
+    with av.open(str(path)) as container:
+        packet = [each for each in container.demux(video=0) if each.size][10]
+        place, size = packet.pos, packet.size
+    content = bytearray(path.read_bytes())
+    content[place : place + size] = b"\xff" * size
+    path.write_bytes(content)
+    (tmp_path / "list.txt").write_text("copies/a.mp4 0\ncopies/b.mp4 0\n")
+    out = tmp_path / "out"
+    options = ["--root", str(tmp_path), "--list", "list.txt", "--out", str(out), *shards]
+    assert main(["data", "prepare", *options]) == 3
+    output = capsys.readouterr().out
+    problem = "cannot be decoded: Invalid data found when processing input."
+    assert f"not copied: copies/a.mp4: {problem}\n1 copies written, 0 kept, 1 failed" in output
+    assert (out / "copies").exists() == (not shards)  # where they stand until they are packed
 
 
 @pytest.mark.parametrize("form", ["files", "shards", "split"])
