@@ -11,10 +11,13 @@ import torch
 
 from accel.engine.config import Recipe, resolved_sampling
 from accel.engine.distributed import World
+from accel.engine.published import dataset_of, facts, import_command
 from accel.engine.timing import Ranges
 from accel.errors import ConfigError
+from pipelines.adapters import DATASETS
 from pipelines.config import TestViews, label_pairs
 from pipelines.datasets import Dataset, open_dataset
+from pipelines.errors import DataError
 from pipelines.loader import Loader, build_loader
 from pipelines.order import Split
 from pipelines.quarantine import Quarantine
@@ -29,6 +32,7 @@ def open_shared_dataset(recipe: Recipe, world: World) -> Dataset:
         ConfigError: neither a folder nor lists are configured.
         pipelines.errors.DataError: a list, or the folder, that cannot be used.
     """
+    _check_published_lists(recipe)
     if not world.is_main:
         world.barrier()
     try:
@@ -38,6 +42,29 @@ def open_shared_dataset(recipe: Recipe, world: World) -> Dataset:
     if world.is_main:
         world.barrier()
     return dataset
+
+
+def _check_published_lists(recipe: Recipe) -> None:
+    """Say where the lists of a published set come from, if they are not there."""
+    data, run = recipe.data, facts()["runs"].get(recipe.published.run)
+    root = Path(data.root).expanduser()
+    if run is None or not root.is_dir():
+        return
+    lists = (data.train_list, data.val_list, data.classes_file)
+    missing = [name for name in lists if name and not (root / name).is_file()]
+    if not missing:
+        return
+    fact = facts()["datasets"][run["dataset"]]["id"]
+    title = DATASETS[dataset_of(fact)[0]].title
+    if not data.root:
+        raise ConfigError(
+            f"data.root: expected the folder of {title}, got ''; pass --data.root ROOT (its lists "
+            f"are made by: {import_command(fact, 'ROOT')})."
+        )
+    raise DataError(
+        f"{root}: lacks {', '.join(missing)}; the lists of {title} are made by: "
+        f"{import_command(fact, str(root))}."
+    )
 
 
 def warn_of_classes(dataset: Any) -> None:

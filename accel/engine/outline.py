@@ -7,9 +7,9 @@ from typing import Any
 
 from accel.engine import config as configs
 from accel.engine.config import Recipe
-from accel.engine.published import Init, Row, facts
+from accel.engine.published import Init, Row, dataset_of, facts, import_command
 from accel.engine.recipe_check import recipes_of_runs
-from accel.engine.reproduce import as_text, dataset_of, resolve
+from accel.engine.reproduce import as_text, resolve
 from pipelines.adapters import DATASETS
 
 _WEIGHTS: dict[Init, str] = {
@@ -63,21 +63,17 @@ def outline(
 
 def _data(run: str, recipe: Recipe) -> dict[str, str]:
     fact = facts()["datasets"][facts()["runs"][run]["dataset"]]
-    name, numbering = dataset_of(fact["id"])
-    known = DATASETS[name]
+    known = DATASETS[dataset_of(fact["id"])[0]]
     counts = [
         f"{fact[f'{split}_videos'] or 'an unstated number of'} {title} videos"
         for split, title in (("train", "training"), ("val", "validation"))
     ]
-    media = recipe.data.root or "ROOT"
-    lists = ["accel", "data", "import", name, "--annotations", "FOLDER", "--media", media]
-    if numbering != "alphabetical":
-        lists += ["--numbering", numbering]
+    lists = import_command(fact["id"], recipe.data.root or "ROOT")
     return {
         "data": f"{known.title}: {known.classes} classes, {' and '.join(counts)}",
         "data_from": known.page,
         "data_root": recipe.data.root or "not given: --data.root ROOT",
-        "lists": f"{shlex.join(lists)} (FOLDER has {', '.join(known.files)})",
+        "lists": f"{lists} (FOLDER has {', '.join(known.files)})",
     }
 
 

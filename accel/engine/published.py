@@ -1,5 +1,6 @@
 """Published rows: what the papers' repositories report, and whether the recipes agree with it."""
 
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -145,6 +146,27 @@ _RULES = {
     "snippets": ("snippets",),
     "random": ("neighbors",),
 }
+
+
+def dataset_of(fact: str) -> tuple[str, str]:
+    """(name for `accel data import`, numbering of the labels) of a dataset of the facts."""
+    if fact == "sthv1_mmaction2":
+        return "sthv1", "official"
+    return ("k400" if fact.startswith("k400") else fact), "alphabetical"
+
+
+def import_command(fact: str, media: str) -> str:
+    """The command that makes the lists of a dataset of the facts.
+
+    Args:
+        fact: name of the dataset.
+        media: folder of its videos.
+    """
+    name, numbering = dataset_of(fact)
+    command = ["accel", "data", "import", name, "--annotations", "FOLDER", "--media", media]
+    if numbering != "alphabetical":
+        command += ["--numbering", numbering]
+    return shlex.join(command)
 
 
 def expected_values(run: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from accel.engine.data import open_shared_dataset, warn_of_classes
 from accel.engine.distributed import World
 from accel.engine.dry_run import dry_run
 from accel.engine.evaluate import protocol_views
-from accel.engine.published import Row, facts, published_rows
+from accel.engine.published import Row, dataset_of, facts, published_rows
 from accel.engine.recipe_check import recipes_of_runs
 from accel.engine.run import environment, resolve_device
 from accel.engine.scores import ensemble, load_scores
@@ -122,13 +122,6 @@ def _data_problems(run: str, recipe: Recipe, dataset: Dataset) -> list[str]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             problems.append(f"{stamp}: cannot be read ({error})")
     return problems
-
-
-def dataset_of(fact: str) -> tuple[str, str]:
-    """(name for `accel data import`, numbering of the labels) of a dataset of the facts."""
-    if fact == "sthv1_mmaction2":
-        return "sthv1", "official"
-    return ("k400" if fact.startswith("k400") else fact), "alphabetical"
 
 
 def _import_problems(imported: dict[str, Any], expected: str) -> list[str]:

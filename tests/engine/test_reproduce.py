@@ -143,7 +143,10 @@ def test_a_dry_run_without_data_says_what_is_needed(frames, tmp_path, capsys):
     assert "accel data import sthv1 --annotations FOLDER --media ROOT (" in text
     assert f"accel evaluate {out}/masnet_r50_8f_sthv1 --protocol 2x3\n" in text
     assert text.count("accel ensemble ") == 2 and "--numbering" not in text
-    assert error.startswith("error: data.root: expected the folder of the videos, got ''")
+    assert error.startswith(
+        "error: data.root: expected the folder of Something-Something V1, got ''; pass --data.root "
+        "ROOT (its lists are made by: accel data import sthv1 --annotations FOLDER --media ROOT)."
+    )
     weights = ["--model.pretrained", str(tmp_path / "no.pth")]
     data = ["--data.root", str(tmp_path), *weights]
     assert main(["reproduce", "tanet_r50_8f_sthv1", *data, "--dry-run", "--json"]) == 3
@@ -152,7 +155,8 @@ def test_a_dry_run_without_data_says_what_is_needed(frames, tmp_path, capsys):
     assert step["lists"].startswith("accel data import sthv1 ") and "g official (" in step["lists"]
     assert step["weights"].endswith("no.pth, which is missing")
     assert f"--recipe tanet_r50_8f_sthv1 {' '.join(data)} --out runs/reprod" in step["train"]
-    assert "classes.txt: cannot be read" in error
+    assert f"{tmp_path}: lacks train.txt, val.txt, classes.txt; the lists of Some" in error
+    assert f"FOLDER --media {tmp_path} --numbering official." in error
     assert main(["reproduce", "tanet_r50_8f_sthv2", "--dry-run"]) == 2
     assert capsys.readouterr().out == "" and not out.exists()
 
