@@ -20,6 +20,7 @@ from accel.engine.checkpoint import write_atomically
 from accel.engine.distributed import Compression
 from accel.errors import ConfigError, is_full
 
+logger = logging.getLogger(__name__)
 DALI_PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")
 
 
@@ -85,7 +86,7 @@ class _LogFile(logging.FileHandler):
             super().handleError(record)
         elif not self._said:
             self._said = True
-            print(f"{self.baseFilename} cannot be written ({error.strerror}).", file=sys.stderr)
+            logger.error("%s cannot be written (%s).", self.baseFilename, error.strerror)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # it tries to write the rest
