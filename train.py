@@ -5,8 +5,7 @@ Also the entry for torchrun. The same as `accel train`.
 
 import sys
 
-from accel.cli.rendering import run_guarded
-from accel.cli.train import main
+from accel.cli.start import start
 
 if __name__ == "__main__":
-    sys.exit(run_guarded(main, sys.argv[1:]))
+    sys.exit(start("train:main", sys.argv[1:]))

@@ -1,41 +1,28 @@
 """The `accel` command: subcommand table, error rendering, exit codes."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import accel
-from accel.cli import (
-    bench,
-    convert,
-    data,
-    detect,
-    doctor,
-    evaluate,
-    models,
-    recipes,
-    reproduce,
-    train,
-    tubes,
-)
-from accel.cli.rendering import run_guarded
+from accel.cli.start import start
 
-COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-    "train": (train.main, "train and evaluate a recipe (the same as train.py)"),
-    "evaluate": (evaluate.main, "test a trained network with several views, store its scores"),
-    "tubes": (tubes.main, "video-mAP of a trained detector, or of two streams fused"),
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("train:main", "train and evaluate a recipe (the same as train.py)"),
+    "evaluate": ("evaluate:main", "test a trained network with several views, store its scores"),
+    "tubes": ("tubes:main", "video-mAP of a trained detector, or of two streams fused"),
     "detect": (
-        detect.main,
+        "detect:main",
         "boxes, classes and tubes in a video, from a trained detector",
     ),
-    "ensemble": (evaluate.ensemble_main, "add stored scores of several models"),
-    "reproduce": (reproduce.main, "train and test a published row, compare, report"),
-    "results": (reproduce.results_main, "the table of published and measured results"),
-    "data": (data.main, "import lists of known datasets; check, measure, re-encode media"),
-    "bench": (bench.main, "rates of this machine: a recipe, every network, operators, input"),
-    "convert": (convert.main, "convert a checkpoint between our layout and published ones"),
-    "models": (models.main, "list the networks with their parameters and multiply-adds"),
-    "recipes": (recipes.main, "list the recipes with their published rows, or check them"),
-    "doctor": (doctor.main, "report versions, devices, DALI, the extension and name clashes"),
+    "ensemble": ("evaluate:ensemble_main", "add stored scores of several models"),
+    "reproduce": ("reproduce:main", "train and test a published row, compare, report"),
+    "results": ("reproduce:results_main", "the table of published and measured results"),
+    "data": ("data:main", "import lists of known datasets; check, measure, re-encode media"),
+    "bench": ("bench:main", "rates of this machine: a recipe, every network, operators, input"),
+    "convert": ("convert:main", "convert a checkpoint between our layout and published ones"),
+    "models": ("models:main", "list the networks with their parameters and multiply-adds"),
+    "recipes": ("recipes:main", "list the recipes with their published rows, or check them"),
+    "doctor": ("doctor:main", "report versions, devices, DALI, the extension and name clashes"),
 }
 
 
@@ -54,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"accel: {got}; expected one of {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     command, _ = COMMANDS[arguments[0]]
-    return run_guarded(command, arguments[1:])
+    return start(command, arguments[1:])
 
 
 def _usage() -> str:

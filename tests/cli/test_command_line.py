@@ -2,6 +2,9 @@
 
 import errno
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +13,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from accel.cli.main import main as accel
 from accel.cli.rendering import run_guarded
+from accel.cli.start import start
 from accel.cli.train import main as train
 from accel.errors import ConfigError
 
-HMDB = Path(__file__).parents[1] / "data" / "hmdb51"
+ROOT = Path(__file__).resolve().parents[2]
+HMDB = ROOT / "tests" / "data" / "hmdb51"
 
 RECIPE = """
 data: {{root: {root}, train_list: train.txt, val_list: val.txt, num_classes: 2}}
@@ -243,6 +248,32 @@ def test_the_accel_command(capfd):
     assert accel(["doctor"]) == 0
     assert "torch" in capfd.readouterr().out
     assert accel(["doctor", "--fast"]) == 2
+
+
+@pytest.mark.parametrize("entry", [["train.py"], ["-m", "accel.cli.main", "data"]])
+@pytest.mark.parametrize(
+    ("torch_py", "code", "told"),
+    [
+        ("raise KeyboardInterrupt", 130, "interrupted"),
+        ("import not_there_at_all", 2, "has no package 'not_there_at_all'; activate the env"),
+    ],
+)
+def test_what_happens_while_packages_are_imported(tmp_path, entry, torch_py, code, told):
+    (tmp_path / "torch.py").write_text(torch_py)
+    answer = subprocess.run(
+        [sys.executable, *entry, "--help"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert answer.returncode == code, answer.stderr
+    assert told in answer.stderr and len(answer.stderr.splitlines()) == 1
+
+
+def test_a_missing_module_of_ours_is_no_missing_package():
+    with pytest.raises(ModuleNotFoundError, match=r"accel\.cli\.missing"):
+        start("missing:main", [])
 
 
 def test_class_folders_work_as_a_dataset(capfd, tmp_path):
