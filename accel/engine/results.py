@@ -24,11 +24,20 @@ def load_reports(paths: Iterable[Path]) -> list[dict[str, Any]]:
     for path in paths:
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from error
+        except ValueError as error:
+            raise ConfigError(f"{path}: is no JSON text: {error}.") from error
+        try:
             scale = report["scale"]
-            if not isinstance(report["rows"], list) or "device" not in report["environment"]:
-                raise ValueError("rows or device are missing")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: not a report of accel reproduce: {error!r}.") from error
+            complete = isinstance(report["rows"], list) and "device" in report["environment"]
+        except (KeyError, TypeError):
+            complete = False
+        if not complete:
+            raise ConfigError(
+                f"{path}: is not a report of accel reproduce, which has scale, rows and "
+                "environment; give its report.json."
+            )
         if scale != 1:
             raise ConfigError(f"{path}: is of --scale {scale}; such a run measures no row.")
         reports.append(report)

@@ -207,6 +207,24 @@ def test_the_table_has_every_row_and_what_was_measured(tmp_path):
         insert_table(path, table)
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "cannot be read: No such file or directory."),
+        ("{", "is no JSON text: Expecting property name"),
+        ('{"scale": 1}', "is not a report of accel reproduce, which has scale, rows and"),
+        ("[]", "is not a report of accel reproduce"),
+        (json.dumps(_report("mas_sthv1_8f_1x1", 0.1)), "is of --scale 0.1; such a run measures"),
+    ],
+)
+def test_what_is_no_report_is_refused(tmp_path, capsys, content, problem):
+    path = tmp_path / "report.json"
+    if content is not None:
+        path.write_text(content)
+    assert main(["results", str(path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {path}: {problem}")
+
+
 def test_the_readme_holds_the_generated_table(tmp_path):
     reports = load_reports(sorted((ROOT / "profile" / "results").glob("reproduce-*.json")))
     copy = tmp_path / "README.md"
