@@ -189,6 +189,14 @@ class RunFolder:
             self._handler.close()
             self._handler = None
 
+    def stored_environment(self) -> dict[str, Any]:
+        """`environment.json` of the process before this one; {} where none can be read."""
+        try:
+            stored = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return stored if isinstance(stored, dict) else {}
+
     def write_json(self, name: str, values: Any) -> None:
         """Write one JSON file of the folder, atomically."""
         write_atomically(self.path / name, (json.dumps(values, indent=1) + "\n").encode())

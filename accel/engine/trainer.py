@@ -452,7 +452,11 @@ class Trainer:
         self.store.prepare()
         self.store.forget_after(self.counters.iteration)
         self.folder.write_text("recipe.yaml", configs.dump(self.recipe))
-        self.folder.write_json("environment.json", environment(self.device))
+        facts = environment(self.device)
+        now, then = facts["torch_threads"], self.folder.stored_environment().get("torch_threads")
+        if self.counters.iteration and self.device.type == "cpu" and then not in (None, now):
+            logger.info("run.threads: %s now, %s before: the last bits may be others.", now, then)
+        self.folder.write_json("environment.json", facts)
         self.folder.summary.unlink(missing_ok=True)
         rewind_journal(self.folder.journal, self.counters.iteration, self.counters.evaluated)
         rows = read_journal(self.folder.journal)

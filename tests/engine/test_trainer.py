@@ -114,6 +114,14 @@ def test_resume_continues_with_identical_bits(
     )
 
 
+def test_another_number_of_threads_is_noted_when_a_run_continues(tiny_recipe, tmp_path, caplog):
+    caplog.set_level("INFO")
+    for steps, threads in (("1", "1"), ("2", "1"), ("3", "2")):
+        assert "run.threads" not in caplog.text
+        _fit(tiny_recipe, tmp_path, {"train.max_steps": steps, "run.threads": threads})
+    assert "run.threads: 2 now, 1 before: the last bits may be others." in caplog.messages
+
+
 def test_checkpointing_of_activations_may_begin_in_the_middle_of_a_run(
     undisturbed, tiny_recipe, tmp_path, steps_of
 ):
