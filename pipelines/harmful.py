@@ -80,7 +80,9 @@ def _examine(content: Any, videos: VideoSet, index: MediaIndex, timeout_s: float
         return {}
     if not samples:
         return {}
-    named = ", ".join(sample.path.name for sample in samples[:3]) + ", ..." * (len(samples) > 3)
+    named = ", ".join(videos[sample.sample_id].name for sample in samples[:3]) + ", ..." * (
+        len(samples) > 3
+    )
     _LOG.info("a process came to its end while it read %s; each is decoded alone", named)
     task = functools.partial(_decode_each, settings)
     places = find_harmful(task, samples, timeout_s=min(max(timeout_s, _ALONE_S[0]), _ALONE_S[1]))
