@@ -98,9 +98,9 @@ def _found(
         suspects = sorted(begun)
         alone = functools.partial(check_each, frame_name, decode)
         guilty = find_harmful(alone, [waiting[k] for k in suspects], timeout_s=None)
-        for place, what in guilty.items():
+        for place, its_end in guilty.items():
             record = waiting.pop(suspects[place])
-            yield suspects[place], [Finding(record, what, True)]
+            yield suspects[place], [Finding(record, its_end.what, True)]
         if not suspects:
             # An End says "the process that reads it": there is no such video.
             what = end.what.replace("reads it", "reads the videos")
@@ -168,6 +168,10 @@ def check_video(
         packed = packed_name(record.path)
         shard = packed[0] if packed is not None and error.path == packed[0] else None
         return [Finding(record, error.problem, True, shard)]
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a library makes of it, training would not use the video
+        return [Finding(record, f"{type(error).__name__}: {error}", True)]
 
 
 def _file(record: VideoRecord, info: MediaInfo, decode: bool) -> Iterator[Finding]:

@@ -13,6 +13,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from pipelines.config import LoaderConfig
 from pipelines.dali_video import video_operator
 from pipelines.decode import DecodeCounts
 from pipelines.decoder_settings import Decoder, DecoderSettings
-from pipelines.errors import DataError, MediaError
+from pipelines.errors import DataError, HangError, MediaError
 from pipelines.harmful import note
 from pipelines.in_flight import InFlight
 from pipelines.source import Sample, SampleSource
@@ -151,7 +152,7 @@ def choose_decoder(
         return "pyav", line("pyav", problems["dali"][1])
     if len(plan.source) < _FEWEST_VIDEOS:
         return names[0], line(names[0])
-    rates, failed = _measured(plan, names, cache)
+    rates, failed = _measured(plan, names, cache, config.timeout_s)
     best = max(rates, key=lambda name: rates[name])
     facts = [f"{rates[best]:.0f} clips/s"]
     facts += [f"{name} {rate:.0f}" for name, rate in rates.items() if name != best]
@@ -160,7 +161,7 @@ def choose_decoder(
 
 
 def _measured(
-    plan: DecoderPlan, names: list[str], cache: Path
+    plan: DecoderPlan, names: list[str], cache: Path, timeout_s: float
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Clips/s of each decoder, or why it is out; from the cache where nothing has changed."""
     facts = {
@@ -178,7 +179,13 @@ def _measured(
                 return known["rates"], known["failed"]
         except (OSError, ValueError, KeyError, TypeError):
             pass
-        rates, failed = measure(plan, names)
+        try:
+            rates, failed = measure(plan, names, timeout_s)
+        except BaseException:  # some video hangs, and somebody may have lost patience
+            if plan.in_flight is not None:
+                plan.in_flight.keep()
+            raise
+        note(plan.in_flight, plan.settings(names[0]), ())
         content = {"facts": facts, "rates": rates, "failed": failed}
         try:
             replace_bytes(cache, [json.dumps(content).encode()])
@@ -197,7 +204,9 @@ def _versions() -> dict[str, str]:
     return dict(sorted(names.items()))
 
 
-def measure(plan: DecoderPlan, names: Sequence[str]) -> tuple[dict[str, float], dict[str, str]]:
+def measure(
+    plan: DecoderPlan, names: Sequence[str], timeout_s: float = 300.0
+) -> tuple[dict[str, float], dict[str, str]]:
     """Clips/s of each decoder on the same samples, and the reasons of those that do not work.
 
     Each is built and warmed up by one group, whose clips must be those of "pyav". Then they take
@@ -219,18 +228,26 @@ def measure(plan: DecoderPlan, names: Sequence[str]) -> tuple[dict[str, float], 
         """The clips of the last group."""
         note(plan.in_flight, plan.settings(name), picked)
         submitted = [decoder.submit(group) for group in groups]
+        waiting = wait(itertools.chain(*submitted), timeout_s).not_done
+        if waiting:
+            named = ", ".join(f"{sample.sample_id} ({sample.path})" for sample in picked)
+            raise HangError(
+                f"{len(waiting)} clips are not read within loader.timeout_s = {timeout_s:g} s, of "
+                f"samples {named}. Check the storage; the same command looks at each alone."
+            )
         clips = [decoder.finish(each) for each in submitted][-1]
         if plan.device.type == "cuda":
             torch.cuda.synchronize(plan.device)
         return clips
 
     with contextlib.ExitStack() as stack:
-        stack.callback(note, plan.in_flight, plan.settings("pyav"), ())
         for name in sorted(names, key=lambda name: name != "pyav"):
             try:
                 decoder = plan.build(name)
                 stack.callback(decoder.close)
                 clips = read(name, decoder, groups[:1]).cpu()
+            except HangError:
+                raise
             except (DataError, RuntimeError) as error:
                 failed[name] = _reason(error)
                 continue
@@ -247,6 +264,8 @@ def measure(plan: DecoderPlan, names: Sequence[str]) -> tuple[dict[str, float], 
                 start = time.perf_counter()
                 try:
                     read(name, decoder, groups[1:])
+                except HangError:
+                    raise
                 except (DataError, RuntimeError) as error:
                     failed[name] = _reason(error)
                     rates.pop(name, None)

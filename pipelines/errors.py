@@ -14,6 +14,10 @@ class DataError(Exception):
     exit_code = 3
 
 
+class HangError(DataError):
+    """Videos that are not read in time."""
+
+
 class AnnotationError(DataError):
     """A list file, or one line of it (1-based), that cannot be used."""
 

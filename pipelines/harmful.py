@@ -1,13 +1,14 @@
 """Videos that kill the process that decodes them, or never come back: they get into the index.
 
 While a decoder reads, its samples stand in a file beside the index (`pipelines.in_flight`). One
-that a dead process left behind is examined when the next loader of these videos is opened, one of
-a decoder that hangs at once. Each sample is decoded alone, by the same decoder, in a process that
-may die. The index then says of the guilty ones that they cannot be used, for as long as the files
+that a dead process left behind is examined when the next loader of these videos is opened; what a
+decoder reads that hangs, at once. Each sample is decoded by the same decoder in a process that may
+die. The index then says of those that kill it that they cannot be used, for as long as the files
 stay as they are.
 """
 
 import functools
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -20,15 +21,12 @@ from pipelines.annotations import VideoSet
 from pipelines.cache import locked
 from pipelines.decoder_settings import DecoderSettings
 from pipelines.geometry import View
-from pipelines.in_flight import InFlight, find_harmful, left_behind
+from pipelines.in_flight import InFlight, alone_s, find_harmful, left_behind
 from pipelines.index_file import MediaIndex, mark_unusable, read_index
 from pipelines.media_index import stamp_of
 from pipelines.source import Sample, Steps
 
 _LOG = logging.getLogger(__name__)
-# Shortest and longest wait for one sample alone: a new process imports before the first one, and
-# other ranks wait meanwhile (run.timeout_s).
-_ALONE_S = (5.0, 60.0)
 
 
 def note(in_flight: InFlight | None, settings: DecoderSettings, samples: Sequence[Sample]) -> None:
@@ -48,28 +46,60 @@ def note(in_flight: InFlight | None, settings: DecoderSettings, samples: Sequenc
 
 
 def leave_out_harmful(path: Path, videos: VideoSet, *, timeout_s: float) -> dict[int, str]:
-    """Examine what processes that are dead, or hang, were reading; mark in the index what must not
-    be read.
+    """Examine what processes that are dead were reading.
 
     Args:
         path: of the index (`media_index.index_path`), which is opened afterwards.
         videos: that it is of.
-        timeout_s: longest wait for one sample, between five seconds and a minute.
+        timeout_s: see `alone_s`.
 
     Returns:
-        Id -> why the video cannot be used, for those found now.
-
-    Raises:
-        DataError: several samples in a row never come back.
+        Id -> why the video cannot be used, for those found now. The index says so of those that
+        kill their process; that a video hangs may be the storage's fault of today.
     """
     found: dict[int, str] = {}
     with locked(path.with_suffix(".lock")):  # other ranks wait
-        for left, content in left_behind(path.parent, path.stem):
-            rows = read_index(path, len(videos))
-            if content and rows is not None:
-                found |= _examine(content, videos, MediaIndex(path, *rows), timeout_s)
-            left.unlink(missing_ok=True)
+        left = list(left_behind(path.parent, path.stem))
+        rows = read_index(path, len(videos)) if left else None
+        if rows is not None:
+            index = MediaIndex(path, *rows)
+            for content in _merged([content for _, content in left if content]):
+                found |= _examine(content, videos, index, timeout_s)
+        for file, _ in left:
+            file.unlink(missing_ok=True)
     return found
+
+
+def find_hanging(
+    content: Any, videos: VideoSet, index: MediaIndex, *, timeout_s: float
+) -> dict[int, str]:
+    """Examine what a decoder of this process was reading (`InFlight.content`) when it hung.
+
+    Args:
+        content: that was noted.
+        videos: of the split.
+        index: of these videos.
+        timeout_s: as for `leave_out_harmful`.
+
+    Returns:
+        As `leave_out_harmful`.
+    """
+    return _examine(content, videos, index, timeout_s) if content else {}
+
+
+def _merged(contents: Sequence[Any]) -> list[Any]:
+    """One content for each decoder: processes of a run, or of several, read the same videos."""
+    samples: dict[str, dict[str, Any]] = {}
+    for content in contents:
+        try:
+            own = samples.setdefault(json.dumps(content["decoder"], sort_keys=True), {})
+            own |= {json.dumps(sample, sort_keys=True): sample for sample in content["samples"]}
+        except (KeyError, TypeError):  # of another version
+            continue
+    return [
+        {"decoder": json.loads(decoder), "samples": list(own.values())}
+        for decoder, own in samples.items()
+    ]
 
 
 def _examine(content: Any, videos: VideoSet, index: MediaIndex, timeout_s: float) -> dict[int, str]:
@@ -80,16 +110,17 @@ def _examine(content: Any, videos: VideoSet, index: MediaIndex, timeout_s: float
         return {}
     if not samples:
         return {}
-    named = ", ".join(videos[sample.sample_id].name for sample in samples[:3]) + ", ..." * (
-        len(samples) > 3
+    named = ", ".join(videos[sample.sample_id].name for sample in samples[:3])
+    more = ", ..." if len(samples) > 3 else ""
+    _LOG.warning(
+        "%s%s: reading came to no end; each is read alone, in another process", named, more
     )
-    _LOG.info("a process came to its end while it read %s; each is decoded alone", named)
     task = functools.partial(_decode_each, settings)
-    places = find_harmful(task, samples, timeout_s=min(max(timeout_s, _ALONE_S[0]), _ALONE_S[1]))
-    found = {samples[place].sample_id: what for place, what in places.items()}
-    if found:
-        mark_unusable(index.path, found)
-    return found
+    found = find_harmful(task, samples, timeout_s=alone_s(timeout_s))
+    deadly = {samples[k].sample_id: end.what for k, end in found.items() if not end.hung}
+    if deadly:
+        mark_unusable(index.path, deadly)
+    return {samples[k].sample_id: end.what for k, end in found.items()}
 
 
 def _parsed(

@@ -23,13 +23,12 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipelines.errors import DataError
 from pipelines.pool import start_worker
 
 _T = TypeVar("_T")
 _LOG = logging.getLogger(__name__)
 _START_S = 120.0  # for a process to import what it needs, on a busy machine
-_MOST_HANGS = 2  # of single videos; more of them are the storage's
+_MOST_HANGS = 3  # in a row are the fault of the storage, not of the videos
 _GUILTY = frozenset(
     (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP)
 )
@@ -52,10 +51,13 @@ class InFlight:
         self._path: Path | None = None
         self._usable = True
         self._lock = threading.Lock()
+        self.content: Any = None
+        """What was written last."""
 
     def write(self, content: Any) -> None:
         """Replace the content by something that JSON can hold; an empty one = nothing."""
         with self._lock:
+            self.content = content
             self._write(content)
 
     def _write(self, content: Any) -> None:
@@ -71,7 +73,7 @@ class InFlight:
             os.pwrite(self._file, line, 0)
 
     def keep(self) -> None:
-        """Leave the file behind for the next start; what is written from now on is in another."""
+        """Leave the file behind, as a dead process does; later contents go into another one."""
         with self._lock:
             self._close()
 
@@ -113,7 +115,7 @@ class InFlight:
 def left_behind(folder: Path, stem: str) -> Iterator[tuple[Path, Any]]:
     """The files of processes that ended without removing theirs, and their contents."""
     for path in sorted(folder.glob(f"{stem}.reading-*")):
-        with contextlib.suppress(OSError), path.open("rb") as handle:
+        with contextlib.suppress(OSError), path.open("r+b") as handle:  # NFS locks ask for that
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 content = json.loads(handle.readline() or b"null")
@@ -122,50 +124,6 @@ def left_behind(folder: Path, stem: str) -> Iterator[tuple[Path, Any]]:
             except ValueError:
                 content = None
             yield path, content
-
-
-def find_harmful(task: Task[_T], items: Sequence[_T], *, timeout_s: float | None) -> dict[int, str]:
-    """Which items kill the process that reads them, or twice do not come back: number -> what they
-    do.
-
-    Args:
-        task: reads them; a function of a module, or a partial of one.
-        items: that can be pickled.
-        timeout_s: longest wait for one item; None = as long as it takes.
-
-    Raises:
-        DataError: several in a row never come back: that is the storage.
-    """
-    found: dict[int, str] = {}
-    hangs = first = 0
-    waited: set[int] = set()  # for these before: a job may be suspended for a while, once
-    while first < len(items):
-        current = first - 1
-        end: End | None = None
-        for message in messages(_read_all, (task, items[first:]), timeout_s=timeout_s):
-            if isinstance(message, End):
-                end = message
-            else:
-                current = first + message
-        if end is None:
-            break
-        if current < first:
-            _LOG.warning("a process that is to look at videos does not begin to: %s", end.what)
-            break
-        if end.hung and current not in waited:
-            waited.add(current)
-            first = current
-            continue
-        if end.guilty:
-            found[current] = end.what
-            hangs = hangs + 1 if end.hung else 0
-        if hangs > _MOST_HANGS:
-            raise DataError(
-                f"{hangs} videos in a row cannot be read within {timeout_s:g} s each; check the "
-                "storage."
-            )
-        first = current + 1
-    return found
 
 
 @dataclass(frozen=True)
@@ -179,6 +137,55 @@ class End:
     """Whether the video did it, and not somebody else."""
 
     hung: bool = False
+
+
+def find_harmful(task: Task[_T], items: Sequence[_T], *, timeout_s: float | None) -> dict[int, End]:
+    """Which items kill the process that reads them, or do not come back: number -> what they do.
+
+    An item is guilty if it is the first that its process reads: a crash may be the late one of an
+    item before. One that does not come back is waited for twice: a job may be suspended for a
+    while. Several of these in a row are the fault of the storage, and none of them is named.
+
+    Args:
+        task: reads them; a function of a module, or a partial of one.
+        items: that can be pickled.
+        timeout_s: longest wait for one item; None = as long as it takes.
+    """
+    found: dict[int, End] = {}
+    first = in_a_row = 0
+    again: set[int] = set()
+    while first < len(items):
+        current = first - 1
+        end: End | None = None
+        for message in messages(_read_all, (task, items[first:]), timeout_s=timeout_s):
+            if isinstance(message, End):
+                end = message
+            else:
+                current = first + message
+        if end is None:
+            break
+        if current < first:
+            _LOG.warning("the process that examines videos does not work: %s", end.what)
+            break
+        if (end.hung or current > first) and current not in again:
+            again.add(current)
+            first = current
+            continue
+        if end.guilty:
+            found[current] = end
+        follows = current - 1 in found and found[current - 1].hung
+        in_a_row = in_a_row * follows + 1 if end.hung else 0
+        if in_a_row == _MOST_HANGS:
+            _LOG.warning("%d videos in a row are not read in time: that is the storage", in_a_row)
+            return {k: each for k, each in found.items() if k <= current - in_a_row}
+        first = current + 1
+    return found
+
+
+def alone_s(timeout_s: float) -> float:
+    """How long to wait for one video alone, if a run waits `timeout_s` for a batch: long enough for
+    a new process to import, and not so long that other ranks give up (`run.timeout_s`)."""
+    return min(max(timeout_s, 5.0), 60.0)
 
 
 def messages(
@@ -213,7 +220,10 @@ def messages(
                 return
             yield message
             wait_s = timeout_s
-        yield End(f"hangs: not read within {timeout_s:g} s", guilty=True, hung=True)
+        if wait_s != timeout_s:
+            yield End(f"nothing came from it within {wait_s:g} s", guilty=False)
+        else:
+            yield End(f"hangs: not read within {timeout_s:g} s", guilty=True, hung=True)
     except (EOFError, OSError):  # nothing more, or half a message
         code = process.wait()
         if -code in _GUILTY:

@@ -16,13 +16,13 @@ from pipelines.config import AugmentConfig, LoaderConfig, SamplingConfig, TestVi
 from pipelines.datasets import Dataset
 from pipelines.decode import DecodeCounts
 from pipelines.decoders import DecoderPlan, choose_decoder
-from pipelines.errors import DataError
-from pipelines.harmful import leave_out_harmful, note
+from pipelines.errors import DataError, HangError
+from pipelines.harmful import find_hanging, leave_out_harmful, note
 from pipelines.in_flight import InFlight
 from pipelines.media import MediaInfo
 from pipelines.media_index import index_path, index_videos
 from pipelines.order import Split, train_positions, val_positions
-from pipelines.prefetch import Batch, HangError, Prefetcher
+from pipelines.prefetch import Batch, Prefetcher
 from pipelines.quarantine import Quarantine
 from pipelines.recovery import GroupDecoder, Submitted
 from pipelines.source import Sample, SampleSource
@@ -89,7 +89,7 @@ def build_loader(
     if quarantine is None:
         quarantine = Quarantine(videos, split=split, max_bad_fraction=dataset.max_bad_fraction)
     index = index_path(videos, dataset.cache_dir, dataset.frame_name)
-    leave_out_harmful(index, videos, timeout_s=loader.timeout_s)
+    found = leave_out_harmful(index, videos, timeout_s=loader.timeout_s)
     infos = index_videos(
         videos,
         cache_dir=dataset.cache_dir,
@@ -99,6 +99,7 @@ def build_loader(
         tolerated=quarantine.tolerated,
         timeout_s=loader.timeout_s,
     )
+    infos.problems.update(found)
     quarantine.add_all(infos.problems.items())
     source = SampleSource(
         videos,
@@ -385,10 +386,10 @@ class Loader:
 
     def _leave_out_hanging(self) -> bool:
         """Give up the decoder; whether single videos are known now to be what held it."""
-        self._state.release()
-        infos = self._source.infos
-        timeout_s = self._config.timeout_s
-        found = leave_out_harmful(infos.path, self._source.videos, timeout_s=timeout_s)
+        content = self._plan.in_flight.content if self._plan.in_flight else None
+        self._state.stop()
+        infos, timeout_s = self._source.infos, self._config.timeout_s
+        found = find_hanging(content, self._source.videos, infos, timeout_s=timeout_s)
         infos.problems.update(found)
         self.quarantine.add_all(found.items())
         return bool(found)
@@ -406,7 +407,6 @@ class _State:
         if self.run is not None and not self.run.stop() and self.decoder is not None:
             self.decoder.close()  # its thread hangs in it
             self.decoder = None
-            self._in_flight.keep()  # the next start finds out in what
         if self.decoder is not None:
             self.decoder.forget()
         self.run = None

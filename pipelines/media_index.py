@@ -17,7 +17,7 @@ from pipelines.annotations import VideoRecord, VideoSet
 from pipelines.cache import locked
 from pipelines.errors import MediaError, too_many_unusable
 from pipelines.images import first_frame_name
-from pipelines.in_flight import InFlight, find_harmful, left_behind
+from pipelines.in_flight import InFlight, alone_s, find_harmful, left_behind
 from pipelines.index_file import Content, MediaIndex, Results, Stamp, read_index, write_index
 from pipelines.media import MediaInfo
 from pipelines.packets import media_file
@@ -151,10 +151,13 @@ def _probe_missing(
             missing[key] = record
     _LOG.info("indexing %d of %d videos", len(missing), len(videos))
     frame_name = frame_name or first_frame_name(videos[: 1 + tolerated])
-    suspects = _suspects(cache_path, missing)
+    left = list(left_behind(cache_path.parent, f"{cache_path.stem}.probing"))
+    suspects = {k: missing[k] for _, content in left for k in content or () if k in missing}
     for key, problem in _examined(suspects, frame_name, timeout_s).items():
         record = missing.pop(key)
         harmful[key], stamps[key] = MediaError(record.path, problem), stamp_of(record)
+    for path, _ in left:
+        path.unlink(missing_ok=True)
     failures = _probe_all(missing, results, threads, progress, frame_name, cache_path)
     failures |= harmful
     partial = cache_path.with_suffix(".partial")
@@ -171,15 +174,6 @@ def _probe_missing(
     partial.unlink(missing_ok=True)
 
 
-def _suspects(cache_path: Path, missing: dict[int, VideoRecord]) -> dict[int, VideoRecord]:
-    """What a process was probing when it died."""
-    found: dict[int, VideoRecord] = {}
-    for path, content in left_behind(cache_path.parent, f"{cache_path.stem}.probing"):
-        found |= {key: missing[key] for key in content or () if key in missing}
-        path.unlink(missing_ok=True)
-    return found
-
-
 def _examined(
     suspects: dict[int, VideoRecord], frame_name: str, timeout_s: float
 ) -> dict[int, str]:
@@ -188,9 +182,9 @@ def _examined(
         return {}
     _LOG.info("a process died while it indexed %d videos; each is probed alone", len(suspects))
     task = functools.partial(_probe_each, frame_name)
-    found = find_harmful(task, list(suspects.values()), timeout_s=timeout_s)
+    found = find_harmful(task, list(suspects.values()), timeout_s=alone_s(timeout_s))
     keys = list(suspects)
-    return {keys[number]: what for number, what in found.items()}
+    return {keys[number]: end.what for number, end in found.items()}
 
 
 def _probe_each(
@@ -258,8 +252,10 @@ def _probe_all(
                 if not isinstance(outcome, MediaError):
                     results[key] = outcome
                     del failures[key]
-    finally:
-        in_flight.remove()
+    except BaseException:  # Ctrl-C is how one ends an indexing that hangs
+        in_flight.keep()
+        raise
+    in_flight.remove()
     return failures
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipelines.errors import DataError
+from pipelines.errors import HangError
 from pipelines.source import Sample
 
 _LOG = logging.getLogger(__name__)
@@ -38,10 +38,6 @@ class Batch:
     missing: tuple[int, ...] = ()
     """Validation: ids of the videos of this batch that cannot be read; N does not count them. Every
     one is a wrong answer of the evaluation."""
-
-
-class HangError(DataError):
-    """No batch came in time."""
 
 
 class Prefetcher:

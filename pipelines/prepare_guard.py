@@ -52,7 +52,7 @@ class Guard:
             _LOG.info("a process died while it prepared videos; %d are read alone", len(suspects))
             task = functools.partial(check_each, frame_name, True)
             found = find_harmful(task, list(suspects.values()), timeout_s=None)
-            new = {list(suspects)[number]: what for number, what in found.items()}
+            new = {list(suspects)[number]: end.what for number, end in found.items()}
             self._harmful |= new
             stored |= {part: (_stamp(of_part[part]), what) for part, what in new.items()}
             if new:
