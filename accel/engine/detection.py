@@ -180,7 +180,7 @@ class Detection(Task):
                 num_frames=config.num_frames,
                 gaps=TRAIN_GAPS if config.gap == 20 else (config.gap,),
             )
-            return MicrotubeLoader(
+            loader = MicrotubeLoader(
                 data,
                 items,
                 config.view,
@@ -193,6 +193,8 @@ class Detection(Task):
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        setting.on_close.callback(loader.close)
+        return loader
 
     def measure(self, poll: Callable[[], None]) -> DetectionScores:
         """See `Task.measure`."""

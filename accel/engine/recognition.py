@@ -83,7 +83,7 @@ class Recognition(Task):
 
     def _open_loader(self, split: Split, micro_batch: int, trained_with: str) -> Loader:
         setting = self._setting
-        return open_loader(
+        loader = open_loader(
             setting.recipe,
             self._dataset,
             split,
@@ -94,6 +94,8 @@ class Recognition(Task):
             quarantine=setting.quarantine,
             trained_with=trained_with,
         )
+        setting.on_close.callback(loader.close)
+        return loader
 
     def rehearse(self, batch: Batch) -> dict[str, list[int]]:
         """See `Task.rehearse`."""

@@ -40,6 +40,9 @@ class Setting:
     quarantine: Path
     """File of the run that lists unusable videos."""
 
+    on_close: contextlib.ExitStack
+    """What ends with the run, also one that could not be built."""
+
     def wrapped(self, model: nn.Module) -> nn.Module:
         """The network as the step calls it, which exchanges gradients with the other processes."""
         # DDP remembers the stream it was made on, and exchanges gradients there.
@@ -102,11 +105,6 @@ class Task(ABC):
             poll: called between batches; may raise to end the evaluation. Only of use with one
                 process: several may hold different numbers of batches, so they could not agree.
         """
-
-    def close(self) -> None:
-        """Stop the loaders."""
-        self.train_loader.close()
-        self.val_loader.close()
 
     @property
     def decoders(self) -> list[str]:

@@ -149,9 +149,9 @@ class Trainer:
             accumulation=self.accumulation,
             graphs=self._launcher.graphs,
             quarantine=self.folder.quarantine,
+            on_close=self._on_close,
         )
         self.task = task = task_type(setting, self.dataset, stored)
-        self._on_close.callback(task.close)
         self.model, self.optimizer, self.step = task.model, task.optimizer, task.step
         self.train_loader, self.val_loader = task.train_loader, task.val_loader
         self.state = RunState(task, recipe, self.dataset, self.world)
