@@ -276,7 +276,7 @@ def test_a_resumed_run_keeps_its_decoder_whatever_is_faster_now(
 ):
     fastest = "dali"
     monkeypatch.setattr(decoders, "_FEWEST_VIDEOS", 1)
-    monkeypatch.setattr(decoders, "_measured", lambda plan, names, cache: ({fastest: 1.0}, {}))
+    monkeypatch.setattr(decoders, "_measured", lambda *_: ({fastest: 1.0}, {}))
     whole, out, fresh = (tmp_path / name for name in ("whole", "run", "fresh"))
     _fit(tiny_recipe, whole, KEEP_ALL)
     _fit(tiny_recipe, out, {"train.max_steps": "3", **KEEP_ALL})

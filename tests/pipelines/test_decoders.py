@@ -48,7 +48,9 @@ def test_the_fastest_is_kept_and_remembered(
     rates = {"pyav": 30.0, "dali": 40.0}
     calls = []
 
-    def fake(plan: DecoderPlan, names: list[str]) -> tuple[dict[str, float], dict[str, str]]:
+    def fake(
+        plan: DecoderPlan, names: list[str], timeout_s: float
+    ) -> tuple[dict[str, float], dict[str, str]]:
         calls.append(names)
         return rates, {}
 
