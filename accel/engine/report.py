@@ -1,5 +1,6 @@
 """What a finished run says of itself: summary text, comparison with its twin, curves."""
 
+import io
 import json
 import logging
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from accel.engine.checkpoint import write_atomically
 from accel.engine.journal import read_journal
 
 logger = logging.getLogger(__name__)
@@ -123,5 +125,7 @@ def draw_curves(journal: Path, picture: Path) -> None:
     rates.plot(iterations, [row["lr"] for row in steps], color="gray", linewidth=0.8)
     rates.set_ylabel("learning rate (gray)")
     right.legend(loc="lower right")
-    figure.savefig(picture, dpi=120)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120, format="png")
     plt.close(figure)
+    write_atomically(picture, content.getvalue())

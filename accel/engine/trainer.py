@@ -402,8 +402,8 @@ class Trainer:
             "gpu": self.gpu.summary(),
             "recipe_sha256": configs.fingerprint(self.recipe),
         }
-        self.folder.write_json(self.folder.summary.name, summary)
         draw_curves(self.folder.journal, self.folder.curves)
+        self.folder.write_json(self.folder.summary.name, summary)  # the last: now it is finished
         return summary
 
     def _profile_facts(self) -> dict[str, Any]:

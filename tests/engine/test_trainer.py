@@ -228,6 +228,21 @@ def test_a_last_save_that_fails_is_an_error(tiny_recipe, tmp_path, monkeypatch):
         _fit(tiny_recipe, tmp_path / "run", {"train.max_steps": "1"})
 
 
+def test_a_full_disk_at_the_very_end_leaves_a_run_that_can_be_finished(
+    tiny_recipe, tmp_path, monkeypatch
+):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("accel.engine.report.write_atomically", full)
+    with pytest.raises(OSError, match=r"curves\.png"):
+        _fit(tiny_recipe, tmp_path, {"train.max_steps": "1"})
+    assert not (tmp_path / "summary.json").exists()
+    monkeypatch.undo()
+    assert _fit(tiny_recipe, tmp_path, {"train.max_steps": "1"})["iterations"] == 1
+    assert (tmp_path / "curves.png").stat().st_size and (tmp_path / "summary.json").is_file()
+
+
 def test_one_failed_save_is_forgiven(undisturbed, tiny_recipe, tmp_path, monkeypatch, steps_of):
     save, calls = CheckpointStore.save, []
 
