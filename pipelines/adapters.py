@@ -228,7 +228,8 @@ def _find(folder: Path, *names: str) -> Path:
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    raise DataError(f"{folder}: expected the annotation file {' or '.join(names)}, found neither.")
+    found = "it is not there" if len(names) == 1 else "found neither"
+    raise DataError(f"{folder}: expected the annotation file {' or '.join(names)}; {found}.")
 
 
 def _json(path: Path) -> Any:

@@ -1,6 +1,7 @@
 """`accel data`: what concerns the videos of a dataset."""
 
 import argparse
+import re
 import shlex
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
@@ -129,7 +130,7 @@ def _open_source(options: argparse.Namespace) -> _Source:
         LoaderConfig(threads=options.threads)
         DataConfig(root=str(root), frame_name=options.frame_name)
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(_in_our_names(error)) from error
     if options.lists is None:
         return _class_folders(root, options)
     for name in ("classes_file", "val_fraction"):
@@ -141,6 +142,13 @@ def _open_source(options: argparse.Namespace) -> _Source:
         for name in options.lists
     ]
     return _Source([_Split(str(path), path.name, videos) for path, videos in sets], ())
+
+
+def _in_our_names(error: ValueError) -> str:
+    """What is wrong with a key of a recipe, by the name of the option that gave it here."""
+    return re.sub(
+        r"^(?:data|loader)\.(\w+)", lambda key: "--" + key[1].replace("_", "-"), str(error)
+    )
 
 
 def _class_folders(root: Path, options: argparse.Namespace) -> _Source:
@@ -156,7 +164,7 @@ def _class_folders(root: Path, options: argparse.Namespace) -> _Source:
             **held_out,
         )
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(_in_our_names(error)) from error
     data = open_dataset(config)
     sets = (("training", "train.txt", data.train), ("validation", "val.txt", data.val))
     splits = [_Split(f"{root} ({name})", file, videos) for name, file, videos in sets]
@@ -340,14 +348,14 @@ def prepare_main(argv: Sequence[str]) -> int:
         type=int,
         nargs="?",
         const=500,
-        default=0,
         metavar="N",
         help="pack N videos each (default 500) into <out>/00000.shard, ...",
     )
     options = parser.parse_args(argv)
-    if options.shards < 0 or (options.codec == "copy" and not options.shards):
-        what = "a number of videos >= 1" if options.shards else "it with --codec copy"
-        raise ConfigError(f"--shards: expected {what}.")
+    if options.shards is None and options.codec == "copy":
+        raise ConfigError("--shards: expected it with --codec copy.")
+    if options.shards is not None and options.shards < 1:
+        raise ConfigError(f"--shards: expected a number of videos >= 1, got {options.shards}.")
     for key, value, low in (("gop", options.gop, 1), ("short-side", options.short_side, 16)):
         if value < low:
             raise ConfigError(f"--{key}: expected an integer >= {low}, got {value}.")
@@ -372,7 +380,9 @@ def prepare_main(argv: Sequence[str]) -> int:
     report = prepare(
         [(split.list_name, split.videos) for split in source.splits],
         out,
-        Encoding(options.codec, options.short_side, options.gop, options.quality, options.shards),
+        Encoding(
+            options.codec, options.short_side, options.gop, options.quality, options.shards or 0
+        ),
         threads=options.threads or LoaderConfig().resolved_threads(),
         frame_name=options.frame_name,
         class_names=source.class_names,

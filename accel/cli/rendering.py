@@ -1,5 +1,6 @@
 """Turns what a command raises into one sentence on stderr and an exit code."""
 
+import errno
 import os
 import sys
 import traceback
@@ -15,7 +16,8 @@ def run_guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
 
     Returns:
         Its exit code; that of an AccelError or DataError after printing its sentence (with the
-        traceback under --verbose), 2 after that of a full disk; 130 when interrupted; 1 after an
+        traceback under --verbose), 2 after that of a full disk or of too many
+        open files; 130 when interrupted; 1 after an
         unexpected error. Under torchrun, whose own traceback follows, the cause that this ends
         with is the sentence too.
     """
@@ -30,9 +32,10 @@ def run_guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if isinstance(error, OSError) and is_full(error):
+        remedy = _remedy(error) if isinstance(error, OSError) else None
+        if isinstance(error, OSError) and remedy:
             where = f"{error.filename}: " if error.filename else ""
-            return _say(f"{where}{error.strerror}; make room and repeat the command.", argv, 2)
+            return _say(f"{where}{error.strerror}; {remedy} and repeat the command.", argv, 2)
         traceback.print_exc()
         tell_launcher(traceback.format_exc())
         print(
@@ -40,6 +43,15 @@ def run_guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
             file=sys.stderr,
         )
         return 1
+
+
+def _remedy(error: OSError) -> str | None:
+    """Of what the machine has run out of, which any call of the system may say."""
+    if is_full(error):
+        return "make room"
+    if error.errno == errno.EMFILE:
+        return "raise the limit of open files (ulimit -n)"
+    return None
 
 
 def _say(sentence: str, argv: Sequence[str], exit_code: int) -> int:

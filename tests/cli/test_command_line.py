@@ -363,3 +363,17 @@ def test_torchrun_shows_what_ended_the_process(capfd, tmp_path, monkeypatch):
     assert capfd.readouterr().err.startswith("error: optim.lr: must be > 0.\nTraceback")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "no" / "folder"))
     assert run_guarded(refuse, []) == 2
+
+
+def test_too_many_open_files_are_one_sentence(capfd):
+    def fail(number):
+        def command(argv):
+            raise OSError(number, os.strerror(number))
+
+        return run_guarded(command, [])
+
+    assert fail(errno.EMFILE) == 2
+    remedy = "raise the limit of open files (ulimit -n) and repeat the command"
+    assert capfd.readouterr().err == f"error: Too many open files; {remedy}.\n"
+    assert fail(errno.EBADF) == 1
+    assert "this is a bug in accel" in capfd.readouterr().err

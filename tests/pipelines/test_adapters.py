@@ -168,3 +168,8 @@ def test_what_is_wrong_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str
     out = capsys.readouterr().out
     assert "train: 1 videos; 2 missing, e.g. 2, 3" in out and "174 classes" in out
     assert set(DATASETS) >= {"sthv1", "sthv2", "k400", "minik200", "gym99", "gym288", "ucf101"}
+
+
+def test_a_missing_annotation_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"the annotation file classInd\.txt; it is not there\."):
+        import_dataset("ucf101", tmp_path, tmp_path)

@@ -186,10 +186,12 @@ def test_a_full_cache_folder_or_deny_list_is_one_sentence(
 @pytest.mark.parametrize(
     ("command", "options", "problem"),
     [
-        ("check", ["--threads", "-2"], "loader.threads: expected 0..1024, got -2"),
-        ("prepare", ["--threads", "-1"], "loader.threads: expected 0..1024, got -1"),
-        ("stats", ["--frame-name", "img_{}_{}.jpg"], "data.frame_name: expected a file name"),
-        ("check", ["--frame-name", "img.jpg"], "data.frame_name: expected a file name"),
+        ("check", ["--threads", "-2"], "error: --threads: expected 0..1024, got -2"),
+        ("prepare", ["--threads", "-1"], "error: --threads: expected 0..1024, got -1"),
+        ("stats", ["--frame-name", "img_{}_{}.jpg"], "error: --frame-name: expected a file name"),
+        ("check", ["--frame-name", "img.jpg"], "error: --frame-name: expected a file name"),
+        ("prepare", ["--shards", "0"], "--shards: expected a number of videos >= 1, got 0"),
+        ("prepare", ["--codec", "copy"], "--shards: expected it with --codec copy"),
         ("prepare", ["--quality", "52"], "--quality: expected 0..51, got 52"),
         ("prepare", ["--quality", "-1", "--codec", "vp9"], "--quality: expected 0..63, got -1"),
         ("check", ["--out", "list.txt"], "--out: expected another file than the lists"),

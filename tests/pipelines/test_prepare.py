@@ -260,7 +260,7 @@ def test_class_folders_with_a_bad_video(
     for wrong, problem in (
         ([*source, "--out", str(root / "small")], "--out: expected a folder outside of --root"),
         ([*source, *out, "--list", "train.txt"], "--val-fraction: is for class folders"),
-        ([*source[:2], *out, "--data.val_fraction", "2"], "data.val_fraction: "),
+        ([*source[:2], *out, "--data.val_fraction", "2"], "error: --val-fraction: "),
     ):
         assert main(["data", "prepare", *wrong]) == 2
         assert problem in capsys.readouterr().err
