@@ -8,7 +8,6 @@ with the distance of keyframes.
 import contextlib
 import errno
 import itertools
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,19 +19,18 @@ from typing import Any, Literal
 
 from pipelines.annotations import Part, VideoRecord, VideoSet, format_list, refuse_unlistable
 from pipelines.audit import check_video
-from pipelines.cache import file_lock, put_in_place, replace_bytes
+from pipelines.cache import put_in_place, replace_bytes
 from pipelines.errors import DataError, MediaError, why
 from pipelines.images import first_frame_name, read_images
 from pipelines.media import MediaInfo, open_video, probe
 from pipelines.packets import SHARD_SUFFIX, media_file
 from pipelines.packing import Named, map_ahead, pack_shard, stamp_of
+from pipelines.prepare_folder import claimed
 from pipelines.prepare_guard import Guard
 from pipelines.prepare_report import Report, rates, sizes
 from pipelines.progress import progress_bar
 from pipelines.shards import Record, make_record, probe_record
 
-_SETTINGS = "prepared.json"
-_LOCK = ".prepare.lock"
 _COPIES = "copies"  # not packed yet
 _ENCODERS: dict[str, tuple[str, str, dict[str, str]]] = {
     # No B-frames: fewer packets lead to a frame.
@@ -93,7 +91,10 @@ def prepare(
             is writing to it, two names become one, a list cannot hold one, or the folder cannot be
             written (any more).
     """
-    with _claimed(out, encoding, lists[0][1].root):
+    facts = asdict(encoding)
+    if not encoding.shard_videos:
+        del facts["shard_videos"]
+    with claimed(out, facts, lists[0][1].root):
         try:
             report = _prepare(lists, out, encoding, threads, frame_name)
             if class_names:
@@ -247,54 +248,6 @@ def _groups(
         out / f"{number:05d}{SHARD_SUFFIX}": records[first : first + count]
         for number, first in enumerate(starts)
     }
-
-
-@contextlib.contextmanager
-def _claimed(out: Path, encoding: Encoding, root: Path) -> Iterator[None]:
-    """Have the folder alone, for copies of this encoding and of what is below this root."""
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(file_lock(out / _LOCK, wait=False))
-        except BlockingIOError as error:
-            problem = "another accel data prepare is writing to it; wait, or use another folder."
-            raise DataError(f"{out}: {problem}") from error
-        except OSError as error:
-            raise DataError(f"{out}: cannot be written: {why(error)}.") from error
-        _claim(out, encoding, root)
-        yield
-
-
-def _claim(out: Path, encoding: Encoding, root: Path) -> None:
-    settings = out / _SETTINGS
-    facts = asdict(encoding)
-    if not encoding.shard_videos:
-        del facts["shard_videos"]
-    source = str(root.resolve())
-    if settings.exists():
-        known = _settings(settings)
-        other = known.pop("root", source)  # earlier versions did not note it
-        if known != facts:
-            raise DataError(
-                f"{out}: holds copies with other settings ({_SETTINGS}); use another folder, or "
-                "delete this one."
-            )
-        if other != source:
-            raise DataError(
-                f"{out}: holds copies of what is in {other}, not in {source}; use another folder "
-                f'(if that set has moved, change its "root" in {_SETTINGS}).'
-            )
-    content = json.dumps({"root": source, **facts}, indent=1)
-    replace_bytes(settings, [content.encode()])
-    for left_over in out.rglob("*.part-*"):  # of a killed run
-        left_over.unlink(missing_ok=True)
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    """{} where it cannot be understood."""
-    with contextlib.suppress(ValueError):
-        known = json.loads(path.read_bytes())
-        return known if isinstance(known, dict) else {}
-    return {}
 
 
 def _names(records: Sequence[VideoRecord], encoding: Encoding) -> dict[Part, str]:

@@ -1,17 +1,16 @@
 """`accel data`: what concerns the videos of a dataset."""
 
 import argparse
-import re
 import shlex
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import numpy as np
 
+from accel.cli.data_source import Source, add_set_options, open_source
 from accel.cli.options import Parser
 from accel.errors import ConfigError
-from pipelines.annotations import VideoSet, read_list
 from pipelines.config import DataConfig, LoaderConfig
 from pipelines.deny_list import read_deny_list, update_deny_list
 from pipelines.errors import counted
@@ -73,104 +72,6 @@ def import_main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _add_set_options(parser: Parser) -> None:
-    """The sources of training, also under the names that they have there."""
-    parser.add_argument(
-        "--root", "--data.root", required=True, help="folder of the videos or frame folders"
-    )
-    parser.add_argument(
-        "--list",
-        nargs="+",
-        dest="lists",
-        help="list files, relative to the root; without: class folders, as in training",
-    )
-    parser.add_argument(
-        "--kind",
-        "--data.kind",
-        choices=("auto", "videos", "frames"),
-        default="auto",
-        help="video files or folders of frames; default: as found",
-    )
-    parser.add_argument(
-        "--frame-name",
-        "--data.frame_name",
-        default="",
-        help='e.g. "img_{:05d}.jpg"; default: as found',
-    )
-    parser.add_argument(
-        "--classes-file", "--data.classes_file", help="of class folders: their order"
-    )
-    parser.add_argument(
-        "--val-fraction",
-        "--data.val_fraction",
-        type=float,
-        help="of class folders without train/ and val/: share held out (default 0.2)",
-    )
-    parser.add_argument("--threads", type=int, default=0, help="0 = all cores")
-
-
-class _Split(NamedTuple):
-    title: str
-    list_name: str
-    """File name of the list, also where class folders have none yet."""
-    videos: VideoSet
-
-
-class _Source(NamedTuple):
-    splits: list[_Split]
-    class_names: tuple[str, ...]
-    """Of class folders; lists have numbers."""
-
-
-def _open_source(options: argparse.Namespace) -> _Source:
-    root = Path(options.root).expanduser().absolute()
-    if not root.is_dir():
-        raise ConfigError(f"--root: expected a folder, got '{root}'.")
-    try:
-        LoaderConfig(threads=options.threads)
-        DataConfig(root=str(root), frame_name=options.frame_name)
-    except ValueError as error:
-        raise ConfigError(_in_our_names(error)) from error
-    if options.lists is None:
-        return _class_folders(root, options)
-    for name in ("classes_file", "val_fraction"):
-        if getattr(options, name) is not None:
-            option = name.replace("_", "-")
-            raise ConfigError(f"--{option}: is for class folders; leave it out, or --list.")
-    sets = [
-        (root / name, read_list(root / name, root=root, kind=options.kind))
-        for name in options.lists
-    ]
-    return _Source([_Split(str(path), path.name, videos) for path, videos in sets], ())
-
-
-def _in_our_names(error: ValueError) -> str:
-    """What is wrong with a key of a recipe, by the name of the option that gave it here."""
-    return re.sub(
-        r"^(?:data|loader)\.(\w+)", lambda key: "--" + key[1].replace("_", "-"), str(error)
-    )
-
-
-def _class_folders(root: Path, options: argparse.Namespace) -> _Source:
-    from pipelines.datasets import open_dataset
-
-    held_out = {} if options.val_fraction is None else {"val_fraction": options.val_fraction}
-    try:
-        config = DataConfig(
-            root=str(root),
-            kind=options.kind,
-            frame_name=options.frame_name,
-            classes_file=options.classes_file or "",
-            **held_out,
-        )
-    except ValueError as error:
-        raise ConfigError(_in_our_names(error)) from error
-    data = open_dataset(config)
-    sets = (("training", "train.txt", data.train), ("validation", "val.txt", data.val))
-    splits = [_Split(f"{root} ({name})", file, videos) for name, file, videos in sets]
-    return _Source(splits, data.class_names)
-
-
 def check_main(argv: Sequence[str]) -> int:
     """Audit lists and media; write the deny-list."""
     from pipelines.audit import Finding, audit, deny_reasons, list_notes
@@ -181,7 +82,7 @@ def check_main(argv: Sequence[str]) -> int:
         "what is wrong, and write what training must not use to a deny-list (data.deny_list). Exit "
         "code 3 if there is any.",
     )
-    _add_set_options(parser)
+    add_set_options(parser)
     parser.add_argument("--quick", action="store_true", help="do not decode")
     parser.add_argument("--out", default="deny.txt", help="deny-list, relative to the root")
     parser.add_argument(
@@ -202,7 +103,7 @@ def check_main(argv: Sequence[str]) -> int:
     findings: list[Finding] = []
     faulty_shards: dict[str, set[str]] = {}  # what is wrong -> its videos
     checked = 0
-    splits = _open_source(options).splits
+    splits = open_source(options).splits
     out = Path(options.root).expanduser().absolute() / options.out
     if out in [Path(split.title) for split in splits]:
         raise ConfigError(f"--out: expected another file than the lists, got '{options.out}'.")
@@ -279,11 +180,11 @@ def stats_main(argv: Sequence[str]) -> int:
         "from the media index. "
         "Exit code 3 if there are videos that cannot be used; the rest is described.",
     )
-    _add_set_options(parser)
+    add_set_options(parser)
     options = parser.parse_args(argv)
     threads = options.threads or LoaderConfig().resolved_threads()
     bad = 0
-    for title, _, videos in _open_source(options).splits:
+    for title, _, videos in open_source(options).splits:
         index = index_videos(
             videos,
             cache_dir=DataConfig().resolved_cache_dir(),
@@ -332,7 +233,7 @@ def prepare_main(argv: Sequence[str]) -> int:
         "interrupted and repeated. Exit code 3 if a video cannot be copied. With --shards the "
         "copies stand in a few large files, for network disks.",
     )
-    _add_set_options(parser)
+    add_set_options(parser)
     parser.add_argument("--out", required=True, help="folder of the copies")
     parser.add_argument("--short-side", type=int, default=256, help="px (default 256)")
     parser.add_argument("--gop", type=int, default=12, help="frames between keyframes (default 12)")
@@ -362,7 +263,7 @@ def prepare_main(argv: Sequence[str]) -> int:
     most = {"h264": 51, "vp9": 63}.get(options.codec)
     if most is not None and not 0 <= options.quality <= most:
         raise ConfigError(f"--quality: expected 0..{most}, got {options.quality}.")
-    source = _open_source(options)
+    source = open_source(options)
     if len({split.list_name for split in source.splits}) < len(source.splits):
         raise ConfigError("--list: expected lists of different file names.")
     out = Path(options.out).expanduser().absolute()
@@ -408,7 +309,7 @@ def prepare_main(argv: Sequence[str]) -> int:
     return 3
 
 
-def _how_to_train(out: Path, source: _Source) -> str:
+def _how_to_train(out: Path, source: Source) -> str:
     """The options of training for the copies."""
     options = ["--data.root", str(out)]
     names = [split.list_name for split in source.splits]

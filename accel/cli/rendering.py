@@ -16,10 +16,9 @@ def run_guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
 
     Returns:
         Its exit code; that of an AccelError or DataError after printing its sentence (with the
-        traceback under --verbose), 2 after that of a full disk or of too many
-        open files; 130 when interrupted; 1 after an
-        unexpected error. Under torchrun, whose own traceback follows, the cause that this ends
-        with is the sentence too.
+        traceback under --verbose), 2 after that of a full disk or of too many open files; 130 when
+        interrupted; 1 after an unexpected error. Under torchrun, whose own traceback follows, the
+        cause that this ends with is the sentence too.
     """
     try:
         return command(argv)
