@@ -94,8 +94,7 @@ class MediaIndex(Sequence[MediaInfo]):
 
     def stamp(self, index: int) -> Stamp:
         """Of the file as it was when it was indexed."""
-        row = self._rows[index]
-        return int(row["size_bytes"]), int(row["time_ns"])
+        return stamp_in(self._rows[index])
 
     @property
     def num_frames(self) -> npt.NDArray[np.int32]:
@@ -141,6 +140,11 @@ class MediaIndex(Sequence[MediaInfo]):
     @property
     def _usable(self) -> npt.NDArray[Any]:
         return self._rows[self._rows["num_frames"] > 0] if self.problems else self._rows
+
+
+def stamp_in(row: Any) -> Stamp:
+    """Of the file of a row, as it was when it was indexed."""
+    return int(row["size_bytes"]), int(row["time_ns"])
 
 
 def write_index(

@@ -18,7 +18,15 @@ from pipelines.cache import locked
 from pipelines.errors import MediaError, too_many_unusable
 from pipelines.images import first_frame_name
 from pipelines.in_flight import InFlight, alone_s, find_harmful, left_behind
-from pipelines.index_file import Content, MediaIndex, Results, Stamp, read_index, write_index
+from pipelines.index_file import (
+    Content,
+    MediaIndex,
+    Results,
+    Stamp,
+    read_index,
+    stamp_in,
+    write_index,
+)
 from pipelines.media import MediaInfo
 from pipelines.packets import media_file
 from pipelines.progress import progress_bar
@@ -101,20 +109,16 @@ def _repaired(cached: Content, videos: VideoSet, frame_name: str, tolerated: int
 
     def is_repaired(place: int) -> bool:
         if _is_harmful(rows[place]):
-            return stamp_of(videos[place]) != _stamp_in(rows[place])
+            return stamp_of(videos[place]) != stamp_in(rows[place])
         return not isinstance(_probed(videos[place], frame_name, open_shard), MediaError)
 
     bad = np.flatnonzero(rows["num_frames"] == 0).tolist()
     return len(problems) > tolerated or any(map(is_repaired, bad))
 
 
-def _stamp_in(row: Any) -> Stamp:
-    return int(row["size_bytes"]), int(row["time_ns"])
-
-
 def _is_harmful(row: Any) -> bool:
     """Whether nobody may read the file as it is: the stamps of other problems are not kept."""
-    return not row["num_frames"] and _stamp_in(row) != (-1, -1)
+    return not row["num_frames"] and stamp_in(row) != (-1, -1)
 
 
 def _path_hash(record: VideoRecord) -> int:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,7 @@ from pipelines.media_index import index_videos
 from pipelines.quarantine import Quarantine
 
 MakeVideo = Callable[..., Path]
-MakeDataset = Callable[[Sequence[Path]], Dataset]
 VICTIM = 5
-DECODERS = [
-    pytest.param("dali", marks=pytest.mark.needs_dali_video),
-    pytest.param("pyav", marks=pytest.mark.needs_dali),
-    "torch",
-]
 FAULTS = {
     "crash": "ctypes.string_at(0)",
     "hang": "time.sleep(10**6)",
@@ -151,7 +145,6 @@ def run_one_epoch(
     )
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
 def test_a_crash_takes_the_video_out(
     dataset: Dataset, tmp_path: Path, inject: Callable[[str, str], None], decoder: str
 ) -> None:
